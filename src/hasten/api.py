@@ -1,0 +1,99 @@
+"""The front door: put a recipe on a pipeline, take it off, save both, load both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path as File
+from typing import Any
+
+from torch import nn
+
+from hasten.bridge import folders, pipelines
+from hasten.bridge.clock import Clock
+from hasten.patch import Patch
+from hasten.recipe import Recipe, RecipeError
+
+RECIPE = "recipe.yaml"
+
+
+class Handle:
+    """A recipe at work on one pipeline or network: what was patched where, how often it hit, and the way back."""
+
+    def __init__(self, recipe: Recipe, patches: list[tuple[str, Patch]], clock: Clock | None) -> None:
+        self.recipe, self.patches, self.clock = recipe, patches, clock
+
+    def remove(self) -> None:
+        """Everything bit for bit as before. A second call does nothing.
+
+        Raises:
+            RuntimeError: a later handle still holds something of this one's; nothing was changed. Remove that one first.
+        """
+        Patch.check([patch for _, patch in self.patches])
+        while self.patches:
+            self.patches.pop()[1].close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        if not self.patches:
+            return "hasten: removed"
+        lines = [f"hasten: {_headline(self.recipe)}"]
+        for label, patch in self.patches:
+            hits = ", ".join(f"{k} {n}" for k, n in sorted(patch.tally.items()))
+            lines.append(f"  {label}: {len(patch.sites)} places" + (f"; {hits}" if hits else ""))
+        if self.clock is not None and self.clock.calls:
+            each = 1000 * self.clock.seconds / self.clock.calls
+            ran, reused = (sum(p.tally[k] for _, p in self.patches) for k in ("ran", "reused"))
+            saved = f", {reused / (ran + reused):.0%} of block runs saved" if reused else ""
+            lines.append(
+                f"  since then: {self.clock.trajectories} trajectories, {self.clock.calls} network calls of {each:.1f} ms{saved}"
+            )
+        return "\n".join(lines)
+
+
+def _headline(recipe: Recipe) -> str:
+    parts = [recipe.solver, f"{recipe.steps} steps" if recipe.steps else None, *(m.label() for m in recipe.all_methods())]
+    return ", ".join(p for p in parts if p) or "an empty recipe"
+
+
+def accelerate(thing: Any, recipe: Recipe | str | os.PathLike[str]) -> Handle:
+    """Puts `recipe` on a diffusers pipeline, or, where it has methods alone, on a bare network, in place.
+
+    The pipeline stays the ordinary one: steps and guidance scale of the recipe are defaults that a call's own arguments override.
+
+    Raises:
+        RecipeError: the recipe file is wrong, or it needs a pipeline and got a network.
+        Refused: a method can't work on this network, device or machine; nothing was changed.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if pipelines.is_pipeline(thing):
+        clock, patches = pipelines.put(thing, recipe)
+        return Handle(recipe, patches, clock)
+    if isinstance(thing, nn.Module):
+        return Handle(recipe, [(m.label(), patch) for m, patch in recipe.apply(thing)], None)
+    raise RecipeError(f"accelerate takes a diffusers pipeline or a torch module, not a {type(thing).__name__}")
+
+
+def save(pipe: Any, recipe: Recipe, folder: str | os.PathLike[str]) -> None:
+    """The untouched pipeline and its recipe in one folder, which plain diffusers loads too.
+
+    Raises:
+        RecipeError: the pipeline is accelerated; remove the handle first, so that what is saved is the original.
+    """
+    folders.write(pipe, File(folder))
+    recipe.save(File(folder) / RECIPE)
+
+
+def load(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The pipeline of `folder`, with its recipe put on where it has one: the same bits as before `save`.
+
+    The handle is `pipe.hasten`. Further arguments go to `DiffusionPipeline.from_pretrained`.
+    """
+    pipe = folders.read(folder, **kwargs)
+    if (File(folder) / RECIPE).exists():
+        vars(pipe)["hasten"] = accelerate(pipe, File(folder) / RECIPE)
+    return pipe

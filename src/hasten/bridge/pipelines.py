@@ -1,0 +1,121 @@
+"""Puts a recipe into an ordinary diffusers pipeline, reversibly."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from hasten import tree
+from hasten.bridge.clock import Clock
+from hasten.bridge.process import process
+from hasten.bridge.scheduler import Lay, SolverScheduler
+from hasten.grid import at, build
+from hasten.method import apply_all
+from hasten.patch import Patch
+from hasten.recipe import Recipe, RecipeError
+
+NETWORKS = ("unet", "transformer", "transformer_2")
+TWO_CALLS = ("Flux", "Wan", "QwenImage", "Chroma", "HunyuanVideo", "Lumina2", "ZImage")
+"""Pipelines whose class starts so ask for the conditional and the unconditional branch in two calls."""
+
+
+def is_pipeline(thing: object) -> bool:
+    return isinstance(thing, DiffusionPipeline)
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    """The denoising networks of a pipeline, by component name.
+
+    Raises:
+        RecipeError: it has none that hasten knows.
+    """
+    found = {n: net for n in NETWORKS if isinstance(net := getattr(pipe, n, None), nn.Module)}
+    if not found:
+        raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(NETWORKS)}, the networks that hasten works on")
+    return found
+
+
+def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
+    """Applies `recipe` to `pipe` in place: its methods to each network, its solver as the scheduler, its steps and scale as the
+    defaults of `pipe(...)`. A failure half way takes back what was done.
+
+    Returns:
+        the clock that runs in it, and (label, patch) in the order applied.
+    """
+    nets = networks(pipe)
+    done: list[tuple[str, Patch]] = []
+    try:
+        for name, net in nets.items():
+            done += [(f"{m.label()} on {name}", patch) for m, patch in apply_all(recipe.all_methods(), net)]
+        done.append(("scheduler", _scheduler(pipe, recipe)))
+        try:
+            known = process(pipe.scheduler.base if recipe.solver else pipe.scheduler)
+        except ValueError:
+            known = None
+        clock = Clock(known, type(pipe).__name__.startswith(TWO_CALLS))
+        done.append(("clock", clock.install(pipe.scheduler, list(nets.values()))))
+        done.append(("defaults", _defaults(pipe, recipe, clock)))
+    except BaseException:
+        for _, patch in reversed(done):
+            patch.close()
+        raise
+    return clock, done
+
+
+def _scheduler(pipe: Any, recipe: Recipe) -> Patch:
+    with Patch() as patch:
+        if recipe.solver is not None:
+            solver = tree.function("solvers", recipe.solver)
+            try:
+                patch.set(pipe, "scheduler", SolverScheduler(pipe.scheduler, solver, _lay(recipe)))
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+        return patch.keep()
+
+
+def _lay(recipe: Recipe) -> Lay | None:
+    if isinstance(recipe.grid, tuple):
+        times = recipe.grid
+
+        def fixed(path: Any, steps: int) -> Any:
+            if steps != len(times) - 1:
+                raise ValueError(f"the recipe's grid has {len(times) - 1} steps; {steps} were asked for")
+            return at(path, times)
+
+        return fixed
+    named = recipe.spacing()
+    if named is None:
+        return None
+    spacing, settings = named
+    return lambda path, steps: build(path, spacing, steps, **settings)
+
+
+def _defaults(pipe: Any, recipe: Recipe, clock: Clock) -> Patch:
+    """A class of its own for this pipeline, whose call has the recipe's steps and scale where the user gives none."""
+    plain = type(pipe).__call__
+    known = inspect.signature(plain).parameters
+    steps = recipe.steps if not isinstance(recipe.grid, tuple) else len(recipe.grid) - 1
+    wanted = {"num_inference_steps": steps, "guidance_scale": recipe.guidance.scale}
+    wanted = {k: v for k, v in wanted.items() if v is not None}
+    if missing := [k for k in wanted if k not in known]:
+        raise RecipeError(f"{type(pipe).__name__} takes no {' or '.join(missing)}; leave it out of the recipe")
+
+    @functools.wraps(plain)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(plain).bind(self, *args, **kwargs).arguments
+        if given.get("timesteps") is None and given.get("sigmas") is None:
+            kwargs |= {k: v for k, v in wanted.items() if k not in given}
+        else:
+            kwargs |= {k: v for k, v in wanted.items() if k not in given and k != "num_inference_steps"}
+        default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
+        scale = kwargs.get("guidance_scale", given.get("guidance_scale", default))
+        clock.guided = scale is not None and scale > 1
+        return plain(self, *args, **kwargs)
+
+    with Patch() as patch:
+        patch.extend(pipe, {"__call__": call})
+        return patch.keep()

@@ -1,0 +1,92 @@
+"""The times a sampler visits, as plain floats, so that no solver ever asks a device for a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from hasten.path import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One time of a grid on a path: x_t = alpha x0 + sigma eps.
+
+    Attributes:
+        t: in [0, 1], 1 is noise.
+        lam: log(alpha / sigma), inf where clean, -inf where pure noise.
+        dalpha, dsigma: derivatives by t.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+    lam: float
+    dalpha: float
+    dsigma: float
+
+    @property
+    def clean(self) -> bool:
+        """No noise is left: the sample is alpha x0."""
+        return self.sigma == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Nodes in falling t, at least two."""
+
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        times = [n.t for n in self.nodes]
+        if len(times) < 2 or any(b >= a for a, b in pairwise(times)):
+            raise ValueError(f"a grid needs two or more falling times, got {times}")
+
+    def steps(self) -> Iterator[tuple[Node, Node]]:
+        """(now, after) of each step."""
+        return pairwise(self.nodes)
+
+    def since(self, index: int) -> Grid:
+        """The grid from node `index` on."""
+        return Grid(self.nodes[index:])
+
+    def __len__(self) -> int:
+        return len(self.nodes) - 1
+
+
+def at(path: Path, times: Sequence[float]) -> Grid:
+    """The grid that visits `times`, [steps + 1] falling in [0, 1], computed in float64."""
+    if not all(0 <= t <= 1 for t in times):
+        raise ValueError(f"times lie in [0, 1], 1 is noise; got {list(times)}")
+    with torch.inference_mode(False), torch.enable_grad():  # pipelines run with gradients off
+        t = torch.tensor(list(times), dtype=torch.float64, requires_grad=True)
+        alpha, sigma = path.alpha(t), path.sigma(t)
+
+        def slope(y: torch.Tensor) -> list[float]:
+            if not y.requires_grad:  # constant in t
+                return [0.0] * len(times)
+            return torch.autograd.grad(y.sum(), t)[0].tolist()
+
+        slopes = slope(alpha), slope(sigma)
+
+    def ratio(a: float, s: float) -> float:
+        return math.inf if s == 0 else -math.inf if a == 0 else math.log(a / s)
+
+    rows = zip(times, alpha.tolist(), sigma.tolist(), *slopes, strict=True)
+    return Grid(tuple(Node(float(t), a, s, ratio(a, s), da, ds) for t, a, s, da, ds in rows))
+
+
+Spacing = Callable[..., Sequence[float]]
+"""(path, steps, **settings) -> [steps + 1] falling times from 1 to 0; one a file in `grids/`, its settings keyword-only."""
+
+
+def build(path: Path, spacing: Spacing, steps: int, **settings: Any) -> Grid:
+    """The grid of `steps` steps that `spacing` lays on `path`."""
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
+    return at(path, spacing(path, steps, **settings))

@@ -1,0 +1,93 @@
+"""A method: frozen settings with ranges and one verb, `apply`; what it declares gives its order and its conflicts."""
+
+from __future__ import annotations
+
+import enum
+from itertools import combinations
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from hasten.patch import Patch
+
+
+class Stage(enum.IntEnum):
+    """Methods are applied in this order, so a later one wraps an earlier one. COMPILE comes before CACHE: caches act at
+    block borders, and what is compiled is the block."""
+
+    ADAPT = 1
+    PRUNE = 2
+    QUANTIZE = 3
+    ATTENTION = 4
+    TOKENS = 5
+    COMPILE = 6
+    CACHE = 7
+    GUIDANCE = 8
+    PARALLEL = 9
+
+
+class Part(enum.StrEnum):
+    """What a method may rewrite. Two methods that write one part conflict."""
+
+    PRECISION = "precision"
+    LINEARS = "linears"
+    ATTENTION = "attention"
+    TOKENS = "tokens"
+    GRAPH = "graph"
+    SCHEDULE = "schedule"
+    BATCH = "batch"
+
+
+class Refused(ValueError):
+    """A method cannot work on this network, device or machine; the text says why and what to do."""
+
+
+class Method(BaseModel):
+    """Base of every method. A subclass is one file of a method room; its fields carry ranges, which give validation, the
+    documentation and the tuner's space.
+
+    Attributes:
+        stage: when it is applied.
+        writes: what it rewrites.
+        systems: ids of the catalogue that it implements.
+        neutral: settings at which it changes nothing, bit for bit; None where it has none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: ClassVar[Stage]
+    writes: ClassVar[frozenset[Part]]
+    systems: ClassVar[tuple[str, ...]] = ()
+    neutral: ClassVar[dict[str, Any] | None] = None
+
+    def apply(self, model: nn.Module) -> Patch:
+        """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't work."""
+        raise TypeError(f"{type(self).__name__} has no apply")
+
+    @classmethod
+    def label(cls) -> str:
+        """Its name in a recipe: room and file, "cache.interval"."""
+        return cls.__module__.removeprefix("hasten.")
+
+
+def conflict(methods: list[Method]) -> str | None:
+    """The first pair that writes one part, as a sentence; None where all compose."""
+    for a, b in combinations(methods, 2):
+        if both := a.writes & b.writes:
+            parts = " and ".join(sorted(both))
+            return f"{a.label()} and {b.label()} both write the {parts}; keep one of them"
+    return None
+
+
+def apply_all(methods: list[Method], model: nn.Module) -> list[tuple[Method, Patch]]:
+    """Applies in order of stage; where one is refused, those before are taken back."""
+    done: list[tuple[Method, Patch]] = []
+    try:
+        for m in sorted(methods, key=lambda m: m.stage):
+            done.append((m, m.apply(model)))
+    except BaseException:
+        for _, patch in reversed(done):
+            patch.remove()
+        raise
+    return done

@@ -1,0 +1,48 @@
+"""Which forward is running: set by whoever drives the loop, read by every cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+Branch = Literal["both", "cond", "uncond", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The running forward of a denoiser.
+
+    Attributes:
+        step: network evaluations of this trajectory before this one (a two-call solver counts two a step).
+        steps: evaluations of the whole trajectory.
+        t: time of the state, 1 is noise.
+        run: which trajectory; what was kept in another run is never read.
+        branch: "both" where one call serves the conditional and the unconditional half of the batch.
+    """
+
+    step: int = 0
+    steps: int = 1
+    t: float = 1.0
+    run: int = 0
+    branch: Branch = "both"
+
+
+_NOW: ContextVar[Moment] = ContextVar("hasten_moment")
+
+
+def now() -> Moment:
+    """The moment of the running forward; outside a driven loop, the first step of a trajectory of one."""
+    return _NOW.get(Moment())
+
+
+@contextmanager
+def at(moment: Moment) -> Iterator[None]:
+    """Within this block, `now()` is `moment`."""
+    token = _NOW.set(moment)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)

@@ -1,0 +1,144 @@
+"""Reversible surgery: edits that record their own undo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+_MISSING = object()
+
+
+class Patch(ExitStack):
+    """The edits of one method; `remove` takes them back, newest first, and leaves every attribute as it was.
+
+    Attributes:
+        sites: the class of each thing edited.
+        tally: what the edits did since, by name: "ran", "reused" ...
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[str] = []
+        self.tally: Counter[str] = Counter()
+        self._checks: dict[tuple[int, str], Callable[[], None]] = {}
+
+    def remove(self) -> None:
+        """Takes every edit back. Raises RuntimeError, before any change, if a later patch holds one of them."""
+        Patch.check([self])
+        self._checks.clear()
+        self.close()
+
+    @staticmethod
+    def check(patches: Sequence[Patch]) -> None:
+        """Raises RuntimeError if anything that these patches, in the order applied, set is held by a later one."""
+        standing: dict[tuple[int, str], Callable[[], None]] = {}
+        for patch in patches:
+            standing |= patch._checks
+        for look in standing.values():
+            look()
+
+    def keep(self) -> Patch:
+        """Called last inside `with Patch() as patch`: hands the edits to the caller instead of undoing them."""
+        kept = self.pop_all()
+        kept.sites, kept.tally, kept._checks = self.sites, self.tally, self._checks
+        return kept
+
+    def set(self, owner: object, name: str, value: Any) -> None:
+        """Sets an instance attribute; on removal puts back the old one, or its absence."""
+        old = vars(owner).get(name, _MISSING)
+
+        def check() -> None:
+            if vars(owner).get(name) is not value:
+                raise RuntimeError(f"a later patch still holds {name!r} of {type(owner).__name__}; remove that one first")
+
+        def undo() -> None:
+            vars(owner).pop(name, None) if old is _MISSING else vars(owner).__setitem__(name, old)
+
+        # a module's own __setattr__ would file tensors and modules elsewhere: an attribute is what is asked for here
+        vars(owner)[name] = value
+        self._note(owner, name, check, undo)
+
+    def wrap(self, module: nn.Module, around: Callable[..., Any]) -> None:
+        """Calls `around(forward, *args, **kwargs)` in place of `forward(*args, **kwargs)`."""
+        inner = module.forward
+        self.set(module, "forward", lambda *args, **kwargs: around(inner, *args, **kwargs))
+
+    def swap(self, root: nn.Module, name: str, new: nn.Module) -> None:
+        """Puts `new` in the place of the submodule `name` of `root` (dotted)."""
+        parent, _, leaf = name.rpartition(".")
+        owner = root.get_submodule(parent)
+        old = owner._modules[leaf]
+
+        def check() -> None:
+            if owner._modules.get(leaf) is not new:
+                raise RuntimeError(f"a later patch still holds {name!r}; remove that one first")
+
+        owner._modules[leaf] = new
+        self._note(owner, leaf, check, lambda: owner._modules.__setitem__(leaf, old))
+
+    def park(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        """Gives parameters and buffers the numbers they have, rounded to `dtype`. The old ones wait outside the memory that a
+        device computes in: a CPU's in one temporary file, an accelerator's in host memory; removal reads them back."""
+        on_disk = [t for t in tensors if t.device.type == "cpu"]
+        if on_disk:
+            shelf = self.enter_context(tempfile.TemporaryFile())
+        for tensor in tensors:
+            old = tensor.data
+            if tensor.device.type == "cpu":
+                place = shelf.tell()
+                shelf.write(old.contiguous().view(torch.uint8).numpy().data if old.ndim else old.view(1).view(torch.uint8).numpy().data)
+                back = partial(_read_back, shelf, place, old.dtype, old.shape, old.stride())
+            else:
+                back = partial(_from_host, old.cpu(), old.device)
+            new = old.to(dtype)
+            tensor.data = new
+            del old
+
+            def check(tensor: torch.Tensor = tensor, place: int = new.data_ptr()) -> None:
+                if tensor.data_ptr() != place:
+                    raise RuntimeError("a later patch still holds a weight; remove that one first")
+
+            def undo(tensor: torch.Tensor = tensor, back: Callable[[], torch.Tensor] = back) -> None:
+                tensor.data = back()
+
+            self._note(tensor, "data", check, undo)
+
+    def extend(self, owner: object, members: dict[str, Any]) -> None:
+        """Gives one object a class of its own, with `members` over those of its class; others of the class keep theirs."""
+        old = type(owner)
+        named = {"__module__": old.__module__, "__qualname__": old.__qualname__, "__doc__": old.__doc__}
+        new = type(old.__name__, (old,), {**named, **members})
+
+        def check() -> None:
+            if type(owner) is not new:
+                raise RuntimeError(f"a later patch still holds the class of a {old.__name__}; remove that one first")
+
+        owner.__class__ = new
+        self._note(owner, "__class__", check, lambda: setattr(owner, "__class__", old))
+
+    def _note(self, owner: object, part: str, check: Callable[[], None], undo: Callable[[], None]) -> None:
+        self.sites.append(type(owner).__name__)
+        self._checks[id(owner), part] = check  # of two edits at one place, only the newer can be seen to stand
+        self.callback(undo)
+
+
+def _read_back(
+    shelf: IO[bytes], place: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]
+) -> torch.Tensor:
+    fresh = torch.empty(shape, dtype=dtype)
+    shelf.seek(place)
+    raw = bytearray(shelf.read(fresh.numel() * fresh.element_size()))
+    fresh = torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else fresh
+    laid = torch.empty_strided(shape, stride, dtype=dtype)
+    return laid.copy_(fresh)
+
+
+def _from_host(kept: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return kept.to(device)

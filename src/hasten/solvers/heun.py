@@ -1,0 +1,26 @@
+"""Heun's method, the trapezoid in (alpha, sigma)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.grid import Grid
+from hasten.solvers.declare import Steps, solver
+
+
+@solver(order=2, calls=2)
+def heun(x: Tensor, grid: Grid) -> Steps:
+    """Second order, two calls a step (one in the last, which ends clean). Karras et al. 2022, arXiv:2206.00364 alg. 1.
+
+    The ODE is dx = x0 d(alpha) + eps d(sigma); both integrands are averaged over the step, which needs no division by alpha or
+    sigma and so runs from pure noise. The first half of a step is DDIM's.
+    """
+    for now, after in grid.steps():
+        p = yield x, now
+        ahead = after.alpha * p.x0 + after.sigma * p.eps
+        if after.clean:
+            return ahead
+        q = yield ahead, after
+        da, ds = after.alpha - now.alpha, after.sigma - now.sigma
+        x = q.x + (da * (q.x0 - p.x0) + ds * (q.eps - p.eps)) / 2
+    return x

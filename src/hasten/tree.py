@@ -1,0 +1,80 @@
+"""The file tree is the registry: a solver, grid or method is one file, found here by the name of its room and file."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, create_model
+from pydantic.fields import FieldInfo
+
+from hasten.method import Method
+
+METHOD_ROOMS = ("runtime", "quant", "tokens", "cache", "guidance")
+
+
+def files(room: str) -> list[str]:
+    """Names of the modules of a room, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(import_module(f"hasten.{room}").__path__))
+
+
+def function(room: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the file `name` in `room`. Raises ValueError with the names there are."""
+    if name in files(room):
+        found = getattr(import_module(f"hasten.{room}.{name}"), name, None)
+        if found is not None:
+            return found
+    raise ValueError(f"unknown {room.removesuffix('s')} {name!r}; known: {', '.join(functions(room))}")
+
+
+def functions(room: str) -> dict[str, Callable[..., Any]]:
+    """Every file of a room that holds a function of its own name."""
+    found = {n: getattr(import_module(f"hasten.{room}.{n}"), n, None) for n in files(room)}
+    return {n: f for n, f in found.items() if f is not None}
+
+
+def method(label: str) -> type[Method]:
+    """The method of a label such as "cache.interval". Raises ValueError with the labels there are."""
+    room, _, name = label.partition(".")
+    if room in METHOD_ROOMS and name.isidentifier() and find_spec(f"hasten.{room}.{name}"):
+        found = _method_in(f"hasten.{room}.{name}")
+        if found is not None:
+            return found
+    raise ValueError(f"unknown method {label!r}; known: {', '.join(methods())}")
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method, by label."""
+    names = [f"{room}.{name}" for room in METHOD_ROOMS for name in files(room)]
+    found = {n: _method_in(f"hasten.{n}") for n in names}
+    return {n: m for n, m in found.items() if m is not None}
+
+
+def _method_in(module: str) -> type[Method] | None:
+    members = vars(import_module(module)).values()
+    own = [m for m in members if inspect.isclass(m) and issubclass(m, Method) and m.__module__ == module]
+    return own[0] if own else None
+
+
+def settings(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
+    """Keyword-only settings of a solver, grid or guidance: name -> (type, default, pydantic field or None)."""
+    hints = get_type_hints(function, include_extras=True)
+    found = {}
+    for name, p in inspect.signature(function).parameters.items():
+        if p.kind is p.KEYWORD_ONLY:
+            hint = hints.get(name, Any)
+            field = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, FieldInfo)), None)
+            found[name] = (getattr(hint, "__origin__", hint) if field else hint, p.default, field)
+    return found
+
+
+def checked(function: Callable[..., Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings `given` for a function, validated against the ranges it declares. Raises ValueError in one line."""
+    hints = get_type_hints(function, include_extras=True)
+    shape: dict[str, Any] = {n: (hints[n], default) for n, (_, default, _) in settings(function).items()}
+    model = create_model(function.__name__, __config__=ConfigDict(extra="forbid"), **shape)
+    return model.model_validate(given or {}).model_dump(exclude_unset=True)

@@ -1,0 +1,28 @@
+"""What every test shares: one thread's worth of noise kept out, and leaks found."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """A test that changes the default dtype, gradient mode, environment or leaves a thread of its own fails."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), dict(os.environ)
+    threads = {t.name for t in threading.enumerate() if not t.daemon}
+    yield
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[:2]
+    changed = {k for k in os.environ.keys() | before[2].keys() if os.environ.get(k) != before[2].get(k)}
+    assert not {k for k in changed if not k.startswith(("PYTEST", "TORCHINDUCTOR", "TRITON"))}, changed
+    assert {t.name for t in threading.enumerate() if not t.daemon} <= threads
