@@ -56,6 +56,7 @@ def write(pipe: DiffusionPipeline, folder: Path) -> None:
         raise ModelError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         pipe.save_pretrained(fresh, safe_serialization=True)
+        _name_absent_parts(pipe, fresh)
         fresh.chmod(0o755)
         if folder.exists():
             old = fresh.with_name(fresh.name + ".old")
@@ -68,6 +69,13 @@ def write(pipe: DiffusionPipeline, folder: Path) -> None:
         raise ModelError(f"{folder}: {error.strerror or error}; nothing was changed") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _name_absent_parts(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Parts that are None (a text encoder left out) stand in the index, so that `from_pretrained` asks for nothing."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {name: [None, None] for name, part in pipe.components.items() if part is None}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_hub_id(model: str) -> bool:

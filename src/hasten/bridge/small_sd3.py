@@ -6,15 +6,26 @@ result with no hasten installed.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from hasten.bridge import folders
 from hasten.tokens.joint import BiasedJointAttention
 
 WIDTH, TEXT, LENGTH, VOCABULARY = 256, 128, 16, 2048
@@ -36,7 +47,7 @@ class Autoencoder(nn.Module):
 class TextToVelocity(nn.Module):
     """Text encoders and transformer as one call for training: (x, t, ids) -> velocity, as the pipeline wires them.
 
-    The pipeline puts 256 zero tokens where T5 would be. They are alike, so they stay alike in every block, and one of them
+    The pipeline has 256 zero tokens where T5 would be. They are alike, so they stay alike in every block, and one of them
     with ln 256 added to its logits gives the same attention: that one is what is trained with, at a third of the tokens.
     """
 
@@ -89,5 +100,46 @@ def pipeline(words: CLIPTokenizer, vae: AutoencoderTiny) -> StableDiffusion3Pipe
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae,
         text_encoder=CLIPTextModelWithProjection(text), tokenizer=words,
-        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
+        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=words,
+        text_encoder_3=no_t5(), tokenizer_3=no_t5_tokenizer(),
     )  # fmt: skip
+
+
+def no_t5() -> T5EncoderModel:
+    """A T5 of no layers and a zero norm: its output is exactly the zeros that the pipeline puts where T5 is left out. Without it
+    `from_pretrained` would have to be told `text_encoder_3=None`."""
+    config = T5Config(vocab_size=3, d_model=2 * TEXT, d_kv=8, d_ff=8, num_heads=1, num_layers=0)
+    encoder = T5EncoderModel(config).eval()
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder
+
+
+def no_t5_tokenizer() -> T5Tokenizer:
+    """Says "unknown" to everything."""
+    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0)], extra_ids=0)
+    words.model_max_length = T5_LENGTH
+    return words
+
+
+def latents(vae: AutoencoderTiny, pixels: Tensor) -> Tensor:
+    """Scaled latents of pictures in [-1, 1], as the pipeline feeds its transformer, [N, 4, 16, 16]."""
+    with torch.no_grad():
+        z = torch.cat([vae.encoder(part) for part in pixels.split(256)])
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def ids(pipe: StableDiffusion3Pipeline, texts: list[str]) -> Tensor:
+    """Token ids, [B, 16]."""
+    made = pipe.tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return made.input_ids
+
+
+def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Saves `pipe` with diffusers' own attention and weights in half precision, which load as float32 everywhere."""
+    pipe.transformer.set_attn_processor(JointAttnProcessor2_0())
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        part.to("cpu", torch.float16)
+    folders.write(pipe, folder)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # transformers would load what the config says, or what is stored
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

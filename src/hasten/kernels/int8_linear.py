@@ -126,8 +126,8 @@ def int8_linear(
 ) -> Tensor:
     """x [..., I] times the packed weights, plus bias: [..., O] in the precision of `x`.
 
-    Inside `torch.compile` the quantization fuses with what surrounds it, and layers that read one tensor quantize it
-    once. Outside, it is a kernel compiled on first use (seconds), or plain operators where there is no C++ compiler.
+    Inside `torch.compile` the quantization fuses with its neighbours, and layers that read one tensor share the pass.
+    Outside, it is a kernel compiled on first use (seconds), or plain operators where there is no C++ compiler.
 
     Raises:
         Refused: a gradient is asked for.

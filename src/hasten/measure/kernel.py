@@ -8,9 +8,9 @@ from torch import Tensor
 def kernel_distance(x_ND: Tensor, y_MD: Tensor, block: int = 1024) -> float:
     """Squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, its unbiased estimate (KID).
 
-    Binkowski et al. 2018, arXiv:1801.01401 sec. 4 (the kernel) and Gretton et al. 2012 eq. 3 (the estimate). Its mean is
-    0 for sets of one law, so a single value may fall below 0. Float64, in blocks of `block` rows: O((N + M)^2 D) time,
-    O(block^2) memory beside the features.
+    Binkowski et al. 2018, arXiv:1801.01401 sec. 4 (the kernel) and Gretton et al. 2012 eq. 3 (the estimate). Its mean
+    is 0 for sets of one law, so a single value may fall below 0. Float64, in blocks of `block` rows: O((N + M)^2 D)
+    time, O(block^2) memory beside the features.
 
     Raises:
         ValueError: not [N, D] and [M, D], a set of fewer than 2, or a block below 1.

@@ -35,9 +35,11 @@ def peak(call: Callable[[], object], modules: Iterable[nn.Module]) -> Peak:
     """Runs `call` once and tells the peak of its memory beside the weights of `modules`.
 
     On CUDA, where a module lies there: `torch.cuda.max_memory_allocated`, per device, summed (this resets torch's peak
-    counter). Else the events of torch's CPU allocator, as its profiler records them, summed in the order of time: exact to
-    the byte for whatever torch allocates, in eager and in compiled code. Not seen: scratch space that a library (oneDNN,
-    OpenMP) takes from the system by itself. A call that compiles at this moment counts what compiling allocates: warm up first.
+    counter). Else the events of torch's CPU allocator, as its profiler records them, summed in the order of time:
+    exact to the byte for whatever torch allocates, in eager and in compiled code. Not seen: scratch space that a
+    library (oneDNN, OpenMP) takes from the system by itself, and other threads. A call that compiles at this moment
+    counts what compiling
+    allocates: warm up first.
     """
     modules = list(modules)
     devices = {t.device for m in modules for t in _tensors(m) if t.device.type == "cuda"}
@@ -46,8 +48,8 @@ def peak(call: Callable[[], object], modules: Iterable[nn.Module]) -> Peak:
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the parameters and buffers of `modules`, each storage once however many tensors share it; a view counts its
-    whole storage, which is what it keeps alive. Tensors on `meta` hold nothing."""
+    """Bytes of the parameters and buffers of `modules`, each storage once however many tensors share it; a view counts
+    its whole storage, which is what it keeps alive. Tensors on `meta` hold nothing."""
     storages = {}
     for module in modules:
         for tensor in _tensors(module):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,10 +33,10 @@ def contact_sheet(
     captions: Sequence[str],
     path: str | os.PathLike[str] | None = None,
 ) -> Image.Image:
-    """A sheet with a labelled row a pipeline and a captioned column a prompt; written to `path` as PNG where it is given.
+    """A sheet with a labelled row a pipeline and a captioned column a prompt; written to `path` as PNG where given.
 
-    Pictures below 128 pixels are doubled (exactly, so artefacts stay visible) until they are not. Long captions are broken
-    into lines, then cut.
+    Pictures below 128 pixels are doubled (exactly, so artefacts stay visible) until they are not. Long captions are
+    broken into lines, then cut.
 
     Raises:
         ValueError: no rows, or a row with another number of pictures than there are captions.
@@ -60,16 +61,18 @@ def contact_sheet(
         y = top + j * (height + gap)
         draw.text((left - gap, y + height / 2), "\n".join(label), INK, font, anchor="rm", align="right", spacing=4)
         for i, picture in enumerate(pictures):
-            large = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-            sheet.paste(large, (left + i * (width + gap) + (width - large.width) // 2, y + (height - large.height) // 2))
+            size = (picture.width * scale, picture.height * scale)
+            x = left + i * (width + gap)
+            large = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+            sheet.paste(large, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
     return _kept(sheet, path)
 
 
 def pareto(
     points: Sequence[Point], chosen: str | None = None, path: str | os.PathLike[str] | None = None
 ) -> Image.Image:
-    """Seconds an image (log) against quality, with the front that no recipe beats in both, the `chosen` recipe by name and
-    the untouched pipeline; written to `path` as PNG where it is given.
+    """Seconds an image (log) against quality, with the front that no recipe beats in both, the `chosen` recipe by name
+    and the untouched pipeline; written to `path` as PNG where it is given.
 
     Raises:
         ValueError: no points, or `chosen` names none.
@@ -84,13 +87,22 @@ def pareto(
     figure = Figure(figsize=(8.4, 5.2), dpi=120, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     edge = front(points)
-    axes.step([p.seconds for p in edge], [p.quality for p in edge], where="post", color=OTHER, lw=2, zorder=1, label="front")
+    xs, ys = [p.seconds for p in edge], [p.quality for p in edge]
+    axes.step(xs, ys, where="post", color=OTHER, lw=2, zorder=1, label="front")
     for p in points:
         marked = p.name == chosen or p.untouched
         colour = CHOSEN if p.name == chosen else UNTOUCHED if p.untouched else OTHER
         shape, size = ("*", 330) if p.name == chosen else ("D", 90) if p.untouched else ("o", 42)
         label = f"{p.name}: {_seconds(p.seconds)}, quality {p.quality:.2f}" if marked else None
-        axes.scatter(p.seconds, p.quality, s=size, marker=shape, color=colour, edgecolor=PAPER, lw=1, zorder=3 + marked, label=label)
+        style: dict[str, Any] = {
+            "marker": shape,
+            "color": colour,
+            "edgecolor": PAPER,
+            "lw": 1,
+            "zorder": 3 + marked,
+            "label": label,
+        }
+        axes.scatter(p.seconds, p.quality, s=size, **style)
         if p.low is not None and p.high is not None:
             axes.vlines(p.seconds, p.low, p.high, color=colour, lw=1.4, zorder=2)
     low, high = min(p.seconds for p in points), max(p.seconds for p in points)
@@ -107,7 +119,8 @@ def pareto(
     axes.tick_params(labelsize=12)
     axes.grid(alpha=0.25, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", fontsize=12, frameon=False, ncols=3, columnspacing=1.4, handletextpad=0.4)
+    columns = 3 if all(len(p.name) < 24 for p in points if p.untouched or p.name == chosen) else 1
+    figure.legend(loc="outside upper left", fontsize=12, frameon=False, ncols=columns, columnspacing=1.4)
     file = BytesIO()
     canvas.print_png(file)
     return _kept(Image.open(file).convert("RGB"), path)

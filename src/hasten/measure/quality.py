@@ -8,18 +8,19 @@ Three sets of pictures of the same prompts, in the same order, read as features:
     spread = 1 - max(0, FD(R, B) - FD(A, B)) / tr cov(B)         is it as varied, and as sharp?
     quality = min(prompt, spread), each clipped to [0, 1]
 
-d is the mean `feature_distance` of pictures of one prompt, d_other that of A and B over different prompts, FD the Frechet
-distance. 1: no further from B than a second untouched run is; 0: no nearer than pictures of other prompts, or further than
-one average picture for all would be from the whole law. R is compared with B alone, never with A: what a recipe is asked
-for is a sample of the same law, not the same picture (for that, see `hasten.measure.fidelity`).
+d is the mean `feature_distance` of pictures of one prompt, d_other that of A and B over different prompts, FD the
+Frechet distance. 1: no further from B than a second untouched run is; 0: no nearer than pictures of other prompts, or
+further than one average picture for all would be from the whole law. R is compared with B alone, never with A: what a
+recipe is asked for is a sample of the same law, not the same picture (for that, see `hasten.measure.fidelity`).
 
-FD is biased upwards in small sets, so FD(A, B) > 0 is what two equal laws have at this many pictures. `Quality.floor` tells
-how much of the scale of `spread` it hides: with too few pictures even one average picture scores `floor`.
+FD is biased upwards in small sets, so FD(A, B) > 0 is what two equal laws have at this many pictures. `Quality.floor`
+tells how much of the scale of `spread` it hides: with too few pictures even one average picture scores `floor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ def quality(
         generator: draws the bootstrap's prompts; on the CPU.
         prompts: an id a row; rows of one id are pictures of one prompt: resampled together, paired with each other, and
             never counted in d_other. Left out, each row is a prompt of its own.
-        resamples: of the prompts, percentile bootstrap (Efron 1979); each costs two SVDs of about 0.6 N rows. 0: no interval,
-            low = high = value.
+        resamples: of the prompts, percentile bootstrap (Efron 1979); each costs two SVDs of about 0.6 N rows.
+            0: no interval, low = high = value.
 
     Returns:
         The quality; 0 throughout where any feature of R is not finite (a broken picture is not averaged away).
@@ -92,15 +93,16 @@ def quality(
     _check(recipe, again, prompts)
     centre = again.detach().double().mean(0)  # keeps the digits of the Gram matrices; no distance changes
     sets = _Sets(untouched, again, recipe, centre, ids.to(again.device))
-    prompt, spread, floor, follows = sets.scores(torch.ones(len(again), dtype=torch.float64, device=again.device))
-    value = min(prompt, spread) if follows else spread
     units = ids if count > 1 else torch.arange(len(again))  # of one prompt alone, the pictures are resampled
     total, drawn = int(units.max()) + 1, []
-    for _ in range(resamples):
-        picked = torch.randint(total, (total,), generator=generator).bincount(minlength=total)[units]
-        if int((picked > 0).sum()) > 1:
-            p, s, _, _ = sets.scores(picked.double().to(again.device))
-            drawn.append(min(p, s) if follows else s)
+    with _one_thread():
+        prompt, spread, floor, follows = sets.scores(torch.ones(len(again), dtype=torch.float64, device=again.device))
+        value = min(prompt, spread) if follows else spread
+        for _ in range(resamples):
+            picked = torch.randint(total, (total,), generator=generator).bincount(minlength=total)[units]
+            if int((picked > 0).sum()) > 1:
+                p, s, _, _ = sets.scores(picked.double().to(again.device))
+                drawn.append(min(p, s) if follows else s)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.tensor(drawn or [value], dtype=torch.float64).quantile(ends).tolist()
     kept = prompt if follows else None
@@ -108,7 +110,8 @@ def quality(
 
 
 class _Sets:
-    """What the scores need of the features, as N x N matrices, so that a resample is a weight a row and no new product."""
+    """What the scores need of the features, as N x N matrices, so that a resample is a weight a row, not a new
+    product."""
 
     def __init__(self, a: Tensor, b: Tensor, r: Tensor, centre: Tensor, ids: Tensor) -> None:
         self.same = ids[:, None] == ids[None, :]
@@ -153,13 +156,25 @@ def _varied(gram: Tensor, w: Tensor) -> float:
     return float((w @ gram.diagonal() - w @ gram @ w / n) / (n - 1))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For many small SVDs: on a busy machine, two threads that wait for each other took 50 to 200 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _clip(x: float) -> float:
     return min(1.0, max(0.0, x))
 
 
 def _check(x: Tensor, again: Tensor, prompts: Sequence[int] | None) -> None:
     if x.ndim != 2 or x.shape != again.shape or len(again) < 3:
-        raise ValueError(f"expected three sets of features [N, D] with N >= 3, got {list(x.shape)} and {list(again.shape)}")
+        given = f"{list(x.shape)} and {list(again.shape)}"
+        raise ValueError(f"expected three sets of features [N, D] with N >= 3, got {given}")
     if prompts is not None and len(prompts) != len(again):
         raise ValueError(f"expected a prompt id for each of {len(again)} pictures, got {len(prompts)}")
     if not x.isfinite().all() or not again.isfinite().all():

@@ -75,7 +75,7 @@ class Report:
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with the version of its form; what is not finite becomes None, as JSON has no word for it."""
+        """Plain data for JSON, with the version of its form; what is not finite becomes None, for JSON has no word."""
         finite: dict[str, Any] = _finite({"report": VERSION, **asdict(self)})
         return finite
 
@@ -108,7 +108,8 @@ class Report:
         m, q = self.machine, self.quality
         device = m.get("gpu") or f"{m.get('cpu')}, {m.get('threads')} threads"
         seen = f"{q.pictures} pictures of {q.prompts} prompts, {self.features}"
-        return f"{self.pipeline}; {seen}; {device}; torch {m.get('torch')}. Ratios of interleaved pairs: median (quartiles)."
+        how = "Times and ratios: median (quartiles) of interleaved pairs."
+        return f"{self.pipeline}; {seen}; {device}; torch {m.get('torch')}. {how}"
 
     def table(self) -> Table:
         """For a terminal."""
@@ -141,11 +142,10 @@ def _scaled(value: int | None, unit: str) -> str:
     """Three digits with a decimal prefix: 12.3 MB, 4.56 T."""
     if value is None:
         return "not counted"
-    size, prefix = float(value), ""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if size < 999.5:
-            break
-        size /= 1000
+    size, prefixes = float(value), iter(("", "k", "M", "G", "T", "P", "E"))
+    prefix = next(prefixes)
+    while size >= 999.5:
+        size, prefix = size / 1000, next(prefixes, "?")
     return f"{size:.3g} {prefix}{unit}".rstrip()
 
 

@@ -1,0 +1,136 @@
+"""What the commands do: load, call the library, write, print."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hasten import reference
+from hasten.api import accelerate
+from hasten.bridge import folders
+from hasten.bridge.drawing import draw, quiet
+from hasten.measure.features import efficientnet_lite0
+from hasten.recipe import Recipe
+from hasten.tune import bench as benching
+from hasten.tune import outputs
+from hasten.tune import tune as tuning
+from hasten.tune.prompts import default_prompts, read_prompts
+from hasten.tune.subject import Task, untouched
+
+
+class UserError(ValueError):
+    """A mistake in what was asked; one line."""
+
+
+def load(model: str, device: str | None) -> Any:
+    """The pipeline of an embedded name, folder or hub id, on `device`."""
+    place = _device(device)
+    pipe = reference.pipeline(model) if model in reference.NAMES else folders.read(model)
+    return quiet(pipe.to(place) if place is not None else pipe)
+
+
+def tune(
+    model: str, quality: float, out: Path, trials: int, budget_seconds: float | None, prompts: Path | None, seed: int,
+    device: str | None, dry_run: bool,
+) -> None:  # fmt: skip
+    console = Console()
+    given = read_prompts(prompts) if prompts else default_prompts(model)
+    try:
+        search, proof = tuning.halves(given, 24, 48)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    pipe = load(model, device)
+    if dry_run:
+        console.print(outputs.plan(pipe, model, search, proof, trials, budget_seconds))
+        return
+    _writable(out)
+    wanted = tuning.Wanted(quality, search, proof, trials, budget_seconds, seed)
+    outcome = tuning.tune(pipe, model, wanted, out, console)
+    outputs.show(outcome, wanted, console)
+    outputs.write(outcome, wanted, out, console)
+
+
+def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out: Path, device: str | None) -> None:
+    from PIL import Image
+    from rich.progress import track
+
+    console = Console()
+    wanted = Recipe.load(recipe) if recipe else None
+    _writable(out)
+    pipe = load(model, device)
+    handle = accelerate(pipe, wanted) if wanted else None
+    began = time.perf_counter()
+    seeds = range(seed, seed + len(prompts))
+    pictures = draw(pipe, prompts, list(seeds))
+    for i, part in enumerate(track(pictures, "drawing", total=len(prompts), console=console)):
+        pixels = (part[0].permute(1, 2, 0) * 255).round().byte().numpy()
+        name = "".join(c if c.isalnum() else "-" for c in prompts[i])[:60].strip("-") or "picture"
+        file = out / f"{seeds[i]:04d}-{name}.png"
+        with tempfile.NamedTemporaryFile(dir=out, suffix=".png", delete=False) as fresh:
+            Image.fromarray(pixels).save(fresh)
+        os.replace(fresh.name, file)
+        console.print(f"{file}", highlight=False)
+    console.print(f"{len(prompts)} pictures in {time.perf_counter() - began:.2f} s")
+    if handle is not None:
+        console.print(str(handle), highlight=False)
+
+
+def bench(
+    model: str, recipe: Path, pairs: int, prompts: Path | None, count: int, seed: int, out: Path | None, device: str | None
+) -> None:
+    from rich.progress import Progress
+
+    console = Console()
+    wanted = Recipe.load(recipe)
+    given = (read_prompts(prompts) if prompts else default_prompts(model))[:count]
+    pipe, features, task = load(model, device), efficientnet_lite0(), Task.of(given, seed)
+    with Progress(console=console) as bar:
+        line = bar.add_task("pictures", total=3 * len(given) + 2 * (pairs + 2))
+        plain = untouched(pipe, task, features, 8, lambda n: bar.advance(line, n))
+        done = benching.bench(
+            pipe, wanted, task, plain, features, model, pairs=pairs, tick=lambda n: bar.advance(line, n)
+        )
+    console.print(done.report.table())
+    if out is not None:
+        done.report.write(out)
+        console.print(f"report: {out}")
+
+
+def train(
+    name: str, out: Path, steps: int, autoencoder_steps: int, seed: int, device: str | None, start: Path | None
+) -> None:
+    if name not in reference.NAMES:
+        raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.NAMES)}")
+    _writable(out)
+    from hasten.reference.training import train_pipeline
+
+    place = _device(device)
+    train_pipeline(out, steps, autoencoder_steps, seed, str(place) if place else None, start)
+
+
+def _device(device: str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = "cpu" + (", cuda" if torch.cuda.is_available() else "")
+        raise UserError(f"device {device!r} is not to be had here; there is {there}") from None
+    return place
+
+
+def _writable(out: Path) -> None:
+    """Finds out before the work, not after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose a folder that can be written with --out") from None

@@ -1,0 +1,118 @@
+"""The command `hasten`: typed, thin, and without torch until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="hasten", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Makes diffusion and flow models fast, proves it, and undoes itself exactly.\n\n"
+    "MODEL is an embedded name (emoji-flow), the folder of a diffusers pipeline, or a hub id (owner/name).",
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="embedded name, diffusers folder or hub id")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a recipe, YAML; see `hasten methods` for its words")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; where the pipeline runs")]
+Prompts = Annotated[Path | None, typer.Option(help="a text file, one prompt a line, 12 or more")]
+
+
+@app.command(rich_help_panel="The main job")
+def tune(
+    model: Model,
+    quality: Annotated[float, typer.Option(min=0, max=1, help="floor: 1 is as a second untouched run")] = 0.95,
+    out: Annotated[Path, typer.Option(help="folder for recipe, report, pictures and the search's state")] = Path("out"),
+    trials: Annotated[int, typer.Option(min=1, help="recipes to try at most")] = 40,
+    budget_seconds: Annotated[float | None, typer.Option(min=1, help="time for search and proof together, s")] = None,
+    prompts: Prompts = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the search and of the pictures")] = 0,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be tried, and stop")] = False,
+) -> None:
+    """Find the fastest recipe for MODEL that keeps QUALITY, prove it on prompts it was not searched on, write it to OUT.
+
+    Run again with the same OUT, an interrupted search goes on. Example: hasten tune emoji-flow --quality 0.95 --out out/
+    """
+    from hasten.cli import jobs
+
+    jobs.tune(model, quality, out, trials, budget_seconds, prompts, seed, device, dry_run)
+
+
+@app.command(rich_help_panel="With a recipe")
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="one picture each")],
+    recipe: RecipeFile = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the first picture; the next has the next")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the pictures, PNG")] = Path("pictures"),
+    device: Device = None,
+) -> None:
+    """Draw PROMPTS with MODEL, with or without a recipe. Example: hasten generate emoji-flow "a red apple" --out pictures/"""
+    from hasten.cli import jobs
+
+    jobs.generate(model, prompts, recipe, seed, out, device)
+
+
+@app.command(rich_help_panel="With a recipe")
+def bench(
+    model: Model,
+    recipe: Annotated[Path, typer.Option("--recipe", help="a recipe, YAML")],
+    pairs: Annotated[int, typer.Option(min=1, help="interleaved pairs of untouched and recipe")] = 10,
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=12, help="prompts to measure quality on")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="of the pictures")] = 0,
+    out: Annotated[Path | None, typer.Option(help="where the report goes, JSON")] = None,
+    device: Device = None,
+) -> None:
+    """Measure a recipe against the untouched MODEL: speed in interleaved pairs beside quality, from one run."""
+    from hasten.cli import jobs
+
+    jobs.bench(model, recipe, pairs, prompts, count, seed, out, device)
+
+
+@app.command(rich_help_panel="What there is")
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="as a list of objects")] = False,
+) -> None:
+    """List every solver, grid, guidance, method, objective and metric: settings with ranges, what it writes, its source."""
+    from hasten.cli import listing
+
+    listing.show(json)
+
+
+@app.command(rich_help_panel="The embedded models")
+def train(
+    name: Annotated[str, typer.Argument(help="emoji-flow")],
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, sample grids and the pipeline")] = Path("emoji-flow"),
+    steps: Annotated[int, typer.Option(min=1, help="of the transformer; 64 pictures each")] = 12_000,
+    autoencoder_steps: Annotated[int, typer.Option(min=1, help="of the autoencoder; 32 pictures each")] = 4_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = None,
+    start: Annotated[Path | None, typer.Option(help="pipeline folder to go on from, with its autoencoder")] = None,
+) -> None:
+    """Train an embedded model from its data. Run again with the same OUT, it goes on from its last checkpoint, exactly."""
+    from hasten.cli import jobs
+
+    jobs.train(name, out, steps, autoencoder_steps, seed, device, start)
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if not _expected(error):
+            raise
+        sys.stderr.write(f"hasten: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("hasten: interrupted; run the same command again to go on\n")
+        sys.exit(130)
+
+
+def _expected(error: BaseException) -> bool:
+    """One of hasten's own errors, or a fault of the file system."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("hasten.")

@@ -1,0 +1,136 @@
+"""The search: Optuna over recipes, two goals (speed-up and quality), on disk, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from hasten import tree
+from hasten.api import accelerate
+from hasten.bridge.drawing import NotFinite, draw, quiet, twin
+from hasten.bridge.pipelines import networks
+from hasten.bridge.stopwatch import Stopwatch
+from hasten.measure.features import Features
+from hasten.measure.quality import Quality, quality
+from hasten.method import Refused
+from hasten.recipe import Recipe
+from hasten.tune.space import starts, suggest
+from hasten.tune.subject import Drawn, Task, drawn
+
+EARLY = 8
+"""Prompts after which a trial far below the floor is given up."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One trial that ended: a recipe with the speed-up of its denoising and its quality, as the search saw them."""
+
+    recipe: Recipe
+    speedup: float
+    seconds: float
+    quality: float
+
+
+class Search:
+    """Tries recipes on a twin of the pipeline.
+
+    Attributes:
+        refused: label -> reason, of the methods that can't work on this network or machine.
+    """
+
+    def __init__(self, pipe: Any, task: Task, plain: tuple[Drawn, Drawn], features: Features, floor: float) -> None:
+        self.pipe, self.task, self.plain, self.features, self.floor = pipe, task, plain, features, floor
+        self.fast = quiet(twin(pipe))
+        self.refused: dict[str, str] = {}
+        self.labels = [label for label in tree.methods() if self._works(label)]
+        watch = Stopwatch()
+        with watch.install(pipe):
+            list(draw(pipe, task.prompts[:1], task.seeds[:1]))
+        self.calls = watch.calls
+        self.guided = bool(getattr(pipe, "do_classifier_free_guidance", True))
+
+    def _works(self, label: str) -> bool:
+        net = next(iter(networks(self.fast).values()))
+        try:
+            tree.method(label)().apply(net).remove()
+        except (Refused, ValueError) as reason:
+            self.refused[label] = str(reason)
+            return False
+        return True
+
+    def run(
+        self, journal: Path, trials: int, seconds: float | None, seed: int, told: Callable[[optuna.Study, FrozenTrial], None]
+    ) -> optuna.Study:
+        """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` included, within `seconds`."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            study_name="hasten", directions=["maximize", "maximize"], load_if_exists=True,
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=8, warn_independent_sampling=False),
+        )  # fmt: skip
+        if not study.trials:
+            for start in starts(self.labels, self.calls):
+                study.enqueue_trial(start)
+        left = trials - sum(t.state.is_finished() for t in study.trials)
+        if left > 0:
+            study.optimize(
+                self._trial, n_trials=left, timeout=seconds, callbacks=[told],
+                catch=(NotFinite, Refused, ValueError, RuntimeError, torch.OutOfMemoryError),
+            )  # fmt: skip
+        return study
+
+    def _trial(self, trial: optuna.Trial) -> tuple[float, float]:
+        recipe = suggest(trial, self.labels, self.calls, self.guided)
+        trial.set_user_attr("recipe", recipe.to_dict())
+        with accelerate(self.fast, recipe):
+            speedup, seconds = self._speed()
+            trial.set_user_attr("seconds", seconds)
+            value = self._quality()
+        trial.set_user_attr("quality", value.to_dict())
+        return speedup, value.value
+
+    def _speed(self, pairs: int = 2) -> tuple[float, float]:
+        """Ratio of denoising times in interleaved pairs, and seconds of the recipe's; after one call that compiles."""
+        one = (self.task.prompts[:1], self.task.seeds[:1])
+        with ExitStack() as stack:
+            slow, fast = Stopwatch(), Stopwatch()
+            stack.enter_context(slow.install(self.pipe))
+            stack.enter_context(fast.install(self.fast))
+            list(draw(self.fast, *one))
+            ratios, seconds = [], []
+            for _ in range(pairs):
+                list(draw(self.pipe, *one))
+                for _ in range(2):  # the second runs warm, as a user's second picture does
+                    list(draw(self.fast, *one))
+                ratios.append(slow.seconds / fast.seconds)
+                seconds.append(fast.seconds)
+        return statistics.median(ratios), statistics.median(seconds)
+
+    def _quality(self) -> Quality:
+        """On the first prompts, then, if it is not hopeless there, on all."""
+        early = self._score(self.task.first(EARLY), 50)
+        if early.high < self.floor - 0.1:
+            raise optuna.TrialPruned(f"quality {early} on {EARLY} prompts")
+        return self._score(self.task, 0)
+
+    def _score(self, task: Task, resamples: int) -> Quality:
+        made = drawn(self.fast, task.prompts, task.seeds, self.features, 1, lambda n: None)
+        a, b = (p.features[: len(task.prompts)] for p in self.plain)
+        return quality(a, b, made.features, torch.Generator().manual_seed(0), resamples=resamples)
+
+
+def found(study: optuna.Study) -> list[Found]:
+    """The trials that ended, fastest first."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    read = [Found(Recipe.from_dict(t.user_attrs["recipe"]), t.values[0], t.user_attrs["seconds"], t.values[1]) for t in done]
+    return sorted(read, key=lambda f: -f.speedup)

@@ -1,0 +1,90 @@
+"""What the search may choose, read from the file tree: every solver, grid and method with the ranges it declares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from hasten import tree
+from hasten.method import Method, conflict
+from hasten.recipe import Recipe
+
+
+class Trial(Protocol):
+    """The part of an Optuna trial that is used."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+
+def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) -> Recipe:
+    """One recipe. A method is offered only while it composes with those chosen before it, so no combination that conflicts is
+    ever tried.
+
+    Args:
+        labels: methods that can be applied to this network, as found by trying.
+        most_steps: network evaluations of the untouched pipeline; a recipe makes at most as many.
+        guided: guidance is on, so that an interval for it is a choice.
+    """
+    name = trial.suggest_categorical("solver", sorted(tree.functions("solvers")))
+    solver = tree.function("solvers", name)
+    grid = trial.suggest_categorical("grid", sorted(tree.functions("grids")))
+    settings = {k: value(trial, f"grid.{grid}.{k}", *s) for k, s in tree.settings(tree.function("grids", grid)).items()}
+    # calls, not steps, are what costs: one axis for solvers of one and of two calls
+    calls = trial.suggest_int("calls", min(4, most_steps), most_steps, log=True)
+    chosen: list[Method] = []
+    for label in labels:
+        kind = tree.method(label)
+        if label == "guidance.interval" and not guided:
+            continue
+        if conflict([*chosen, kind()]) is None and trial.suggest_categorical(label, [False, True]):
+            fields = {k: value(trial, f"{label}.{k}", f.annotation, f.default, f) for k, f in kind.model_fields.items()}
+            if label == "guidance.interval":
+                fields["low"], fields["high"] = sorted((fields["low"], fields["high"]))
+            chosen.append(kind(**fields))
+    return Recipe(
+        solver=name, grid={grid: settings} if settings else grid, steps=max(1, calls // solver.calls), methods=tuple(chosen)
+    )
+
+
+def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | None) -> Any:
+    """A setting within its range: of a bool or a Literal any, of a number between the bounds of its field.
+
+    Raises:
+        TypeError: a number without bounds; a method must say what may be tried.
+    """
+    if kind is bool:
+        return trial.suggest_categorical(name, [False, True])
+    if get_origin(kind) is Literal:
+        return trial.suggest_categorical(name, list(get_args(kind)))
+    if kind not in (int, float):
+        return default
+    low, high, log = bounds(field)
+    if low is None or high is None:
+        raise TypeError(f"{name} has no range: declare it with Field(ge=..., le=...)")
+    if kind is int:
+        return trial.suggest_int(name, int(low), int(high), log=log)
+    return trial.suggest_float(name, float(low), float(high), log=log)
+
+
+def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
+    """(low, high, log) of a field: its ge/gt and le/lt, narrowed for searching by json_schema_extra's low, high and log."""
+    low = high = None
+    for m in field.metadata if field is not None else ():
+        low = next((v for n in ("ge", "gt") if (v := getattr(m, n, None)) is not None), low)
+        high = next((v for n in ("le", "lt") if (v := getattr(m, n, None)) is not None), high)
+    extra = field.json_schema_extra if field is not None and isinstance(field.json_schema_extra, dict) else {}
+    return extra.get("low", low), extra.get("high", high), bool(extra.get("log", False))  # type: ignore[return-value]
+
+
+def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
+    """Where the search begins: plain good sense, from careful to bold, as parameters for `suggest`."""
+    sure = {label: label in labels and label.split(".")[0] in ("runtime", "tokens") for label in labels}
+    found = []
+    for share, solver in ((0.5, "dpmpp_2m"), (0.3, "dpmpp_2m"), (0.3, "unipc"), (0.2, "dpmpp_2m")):
+        calls = max(4, round(most_steps * share))
+        found.append({"solver": solver, "grid": "uniform", "calls": calls, **sure})
+    return found

@@ -1,0 +1,191 @@
+"""The main job: find the fastest recipe that holds a quality, and prove it on prompts and seeds that were not searched on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hasten.bridge.drawing import NotFinite, quiet
+from hasten.measure.features import Features, efficientnet_lite0
+from hasten.method import Refused
+from hasten.tune.bench import Benched, bench
+from hasten.tune.search import Found, Search, found
+from hasten.tune.subject import Drawn, Task, untouched
+
+SLACK = 0.85
+"""Share of the search's speed-up that must be there again when it is verified; less is "slower than predicted"."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asks of `tune`.
+
+    Attributes:
+        quality: floor, in [0, 1].
+        search, verify: prompts to search on and prompts to prove on; they share none.
+        trials: at most.
+        budget_seconds: for search and proof together; None for no limit.
+    """
+
+    quality: float
+    search: tuple[str, ...]
+    verify: tuple[str, ...]
+    trials: int = 40
+    budget_seconds: float | None = None
+    seed: int = 0
+    batch: int = 8
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        winner: measured on the proof's prompts; None where nothing beat the untouched pipeline.
+        rejected: (headline, reason) of candidates that the proof turned down.
+        refused: label -> reason, of methods that can't work here.
+    """
+
+    winner: Benched | None
+    plain: tuple[Drawn, Drawn]
+    task: Task
+    trials: list[Found]
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def halves(prompts: Sequence[str], search: int, verify: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every third prompt to search on and the others to prove on, at most so many of each.
+
+    Raises:
+        ValueError: fewer than 12 different prompts, too few to tell quality.
+    """
+    different = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
+    if len(different) < 12:
+        raise ValueError(f"{len(different)} different prompts are too few to measure quality; give 12 or more, one a line")
+    return tuple(different[::3][:search]), tuple(p for i, p in enumerate(different) if i % 3)[:verify]
+
+
+def tune(pipe: Any, name: str, wanted: Wanted, out: Path, console: Console, features: Features | None = None) -> Outcome:
+    """Measures the untouched pipeline, searches, proves. State is kept in `out`/state, so that an interrupted run goes on."""
+    import time
+
+    began = time.monotonic()
+    features = features or efficientnet_lite0()
+    quiet(pipe)
+    state = out / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    search_task, proof_task = Task.of(wanted.search, wanted.seed), Task.of(wanted.verify, wanted.seed + 1)
+
+    def left() -> float | None:
+        return None if wanted.budget_seconds is None else wanted.budget_seconds - (time.monotonic() - began)
+
+    with _progress(console) as bar:
+        plain = _untouched(bar, "untouched, search", pipe, search_task, features, wanted.batch, state / "search.safetensors")
+        proof = _untouched(bar, "untouched, proof", pipe, proof_task, features, wanted.batch, state / "proof.safetensors")
+        search = Search(pipe, search_task, plain, features, wanted.quality)
+        trials = _searched(bar, search, wanted, state / "trials.journal", left, proof_cost=3 * len(wanted.verify))
+        outcome = Outcome(None, proof, proof_task, trials, refused=search.refused)
+        for candidate in candidates(trials, wanted.quality):
+            _prove(bar, pipe, name, candidate, wanted, outcome, features)
+            if outcome.winner is not None:
+                break
+    return outcome
+
+
+def candidates(trials: Sequence[Found], floor: float, most: int = 4) -> list[Found]:
+    """Those that held the floor and beat the untouched pipeline in the search, fastest first; alike recipes once."""
+    good = [t for t in trials if t.quality >= floor and t.speedup > 1]
+    return good[:most]
+
+
+def _prove(
+    bar: Progress, pipe: Any, name: str, candidate: Found, wanted: Wanted, outcome: Outcome, features: Features
+) -> None:
+    task = bar.add_task("proof", total=len(wanted.verify) + 2 * 12, note=headline(candidate))
+    try:
+        benched = bench(
+            pipe, candidate.recipe, outcome.task, outcome.plain, features, name, tick=lambda n: bar.advance(task, n)
+        )
+    except (NotFinite, Refused, RuntimeError) as reason:
+        outcome.rejected.append((headline(candidate), str(reason)))
+        return
+    report = benched.report
+    speed, value = report.denoising.median, report.quality.value
+    if speed < SLACK * candidate.speedup or report.denoising.low <= 1:
+        why = f"slower than predicted: {report.denoising} where the search saw {candidate.speedup:.1f}x"
+        outcome.rejected.append((headline(candidate), why))
+    elif value < wanted.quality:
+        why = f"quality {report.quality} on new prompts and seeds, below {wanted.quality}; {candidate.quality:.3f} in the search"
+        outcome.rejected.append((headline(candidate), why))
+    else:
+        outcome.winner = benched
+
+
+def _untouched(
+    bar: Progress, what: str, pipe: Any, task: Task, features: Features, batch: int, keep: Path
+) -> tuple[Drawn, Drawn]:
+    line = bar.add_task(what, total=2 * len(task.prompts), note="pictures")
+    return untouched(pipe, task, features, batch, lambda n: bar.advance(line, n), keep)
+
+
+def _searched(
+    bar: Progress, search: Search, wanted: Wanted, journal: Path, left: Callable[[], float | None], proof_cost: int
+) -> list[Found]:
+    line = bar.add_task("search", total=wanted.trials, note="recipes")
+
+    def told(study: Any, trial: Any) -> None:
+        ended = sum(t.state.is_finished() for t in study.trials)
+        good = [f for f in found(study) if f.quality >= wanted.quality]
+        note = f"best {good[0].speedup:.1f}x at {good[0].quality:.3f}" if good else "none holds the quality yet"
+        bar.update(line, completed=ended, note=note)
+        rest = left()
+        if rest is not None and rest < reserve:
+            study.stop()
+
+    # the proof takes about as long as drawing its prompts with a fast recipe and a dozen untouched pictures
+    reserve = 0.0 if wanted.budget_seconds is None else 0.25 * wanted.budget_seconds
+    rest = left()
+    seconds = None if rest is None else max(1.0, rest - reserve)
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):  # every trial may be a new shape
+        study = search.run(journal, wanted.trials, seconds, wanted.seed, told)
+    return found(study)
+
+
+def headline(trial: Found) -> str:
+    """A recipe in a few words: solver, steps, methods."""
+    r = trial.recipe
+    grid = r.grid if isinstance(r.grid, str) else next(iter(r.grid)) if isinstance(r.grid, dict) else "times"
+    return f"{r.solver} {r.steps} {grid} " + " ".join(_settings(m) for m in r.all_methods())
+
+
+def _settings(m: Any) -> str:
+    dumped = {k: round(v, 2) if isinstance(v, float) else v for k, v in m.model_dump().items()}
+    return m.label() + ("(" + ",".join(str(v) for v in dumped.values()) + ")" if dumped else "")
+
+
+def table(outcome: Outcome, most: int = 8) -> Table:
+    """The search's best, beside each other: what they are, how fast, how good."""
+    found_ = [t for t in outcome.trials if math.isfinite(t.speedup)]
+    front = [t for t in found_ if not any(o.speedup > t.speedup and o.quality > t.quality for o in found_)]
+    view = Table(title="fastest recipes at each quality, as the search saw them", title_justify="left")
+    for column, justify in (("recipe", "left"), ("s an image", "right"), ("speed-up", "right"), ("quality", "right")):
+        view.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for t in front[:most]:
+        view.add_row(headline(t), f"{t.seconds:.3f}", f"{t.speedup:.1f}x", f"{t.quality:.3f}")
+    return view
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"), console=console,
+    )  # fmt: skip
