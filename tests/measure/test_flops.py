@@ -20,6 +20,9 @@ def test_attention():
     with torch.no_grad():
         assert count(lambda: F.scaled_dot_product_attention(q, k, k)) == expected
         assert count(lambda: (q @ k.mT).softmax(-1) @ k) == expected
+        mask = torch.ones(10, 12, dtype=torch.bool)
+        assert count(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask)) == expected
+    assert count(lambda: F.scaled_dot_product_attention(q.requires_grad_(), k, k)) == expected
 
 
 def test_calls_add_up_and_elementwise_work_is_free():

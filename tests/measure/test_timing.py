@@ -48,12 +48,12 @@ def test_a_slow_first_call_is_told_apart_and_spoils_nothing():
 
 
 def test_a_machine_that_slows_down_does_not_change_the_ratio():
-    """Load grows tenfold over the run: medians of separate runs would be far off, pairs stay at 3."""
-    m = Machine(load=lambda now: 1 + now / 40)
+    """Load grows several times over the run: medians of separate runs would be far off, pairs stay at 3."""
+    m = Machine(load=lambda now: 1 + now / 8)
     found = m.compare(m.call("b", 0.6), m.call("a", 0.2), pairs=20)
-    assert max(found.before) > 1.5 * min(found.before)
-    assert found.speedup.median == pytest.approx(3, rel=0.01)
-    m = Machine(load=lambda now: 1 + now / 40)
+    assert max(found.before) > 3 * min(found.before)
+    assert found.speedup.median == pytest.approx(3, rel=0.05)
+    m = Machine(load=lambda now: 1 + now / 8)
     apart = [[], []]
     for side, seconds in ((0, 0.6), (1, 0.2)):
         for _ in range(20):
@@ -67,7 +67,7 @@ def test_the_device_is_waited_for_before_each_reading():
     m, waits = Machine(), []
 
     def wait():
-        m.now += 1.0 if m.log and not waits[-1:] == [len(m.log)] else 0.0  # work that was queued by the last call
+        m.now += 1.0 if m.log and waits[-1:] != [len(m.log)] else 0.0  # work that was queued by the last call
         waits.append(len(m.log))
 
     found = compare(m.call("b", 1.0), m.call("a", 1.0), pairs=2, warmup=1, sync=wait, clock=lambda: m.now)

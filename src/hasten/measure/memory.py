@@ -37,9 +37,8 @@ def peak(call: Callable[[], object], modules: Iterable[nn.Module]) -> Peak:
     On CUDA, where a module lies there: `torch.cuda.max_memory_allocated`, per device, summed (this resets torch's peak
     counter). Else the events of torch's CPU allocator, as its profiler records them, summed in the order of time:
     exact to the byte for whatever torch allocates, in eager and in compiled code. Not seen: scratch space that a
-    library (oneDNN, OpenMP) takes from the system by itself, and other threads. A call that compiles at this moment
-    counts what compiling
-    allocates: warm up first.
+    library (oneDNN, OpenMP) takes from the system by itself, other threads, and the freeing of what was there
+    before the call. A call that compiles at this moment counts what compiling allocates: warm up first.
     """
     modules = list(modules)
     devices = {t.device for m in modules for t in _tensors(m) if t.device.type == "cuda"}
