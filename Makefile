@@ -35,7 +35,7 @@ systems: $(READY) ## the ledger: which rows of docs/systems.csv are proved, clai
 
 docs: .venv/.docs ## the pages, into site/
 	$(BIN)/python scripts/docs_tables.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 bench: $(READY) ## every benchmark; keeps benchmarks/results/*.json
@@ -48,7 +48,7 @@ clean: ## .venv, caches and what was built; kept results stay
 # The stamp is older than what it was made from after a pull: then the same .venv is brought up to date.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "hasten needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | head -n 1); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+		echo "hasten needs Python 3.11 or newer, and '$(PYTHON)' is $$(command -v $(PYTHON) >/dev/null && $(PYTHON) -V 2>&1 || echo not there); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "making .venv ..."
 	@$(PYTHON) -m venv .venv
 	@echo "installing torch (the largest part) ..."

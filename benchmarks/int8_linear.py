@@ -1,11 +1,13 @@
 """int8 linear against bfloat16 `F.linear`, the input's quantization included, as ratios of interleaved pairs.
 
-    python benchmarks/int8_linear.py        about a minute; writes benchmarks/results/int8_linear.json
+    OMP_PROC_BIND=true python benchmarks/int8_linear.py         about a minute; writes results/int8_linear.json
 
+Threads are pinned since a busy machine puts both on one core, where every call waits whole slices of the scheduler.
 A ratio above 1 is a gain. Errors are of the same calls, against float32: ||y - y32|| / ||y32||.
 """
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -25,7 +27,9 @@ RESULT = Path(__file__).parent / "results" / "int8_linear.json"
 def main():
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = [measure(*shape) for shape in SHAPES]
+        prepared = [prepare(*shape) for shape in SHAPES]
+        print("compiled; timing", flush=True)
+        rows = [measure(*p) for p in prepared]
         widths = {n: pairs(*eager(TOKENS, n, n)) for n in SQUARES}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(
@@ -45,24 +49,29 @@ def eager(m, k, n):
     return (lambda: F.linear(x, *narrow)), (lambda: int8.int8_linear(x, *packed))
 
 
-def measure(m, k, n):
+def prepare(m, k, n):
+    """Pairs of calls by name, and what is known without a clock."""
     x, wide, narrow, packed = layer(m, k, n)
-    torch._dynamo.reset()  # at most eight shapes a function
-    before = {"": lambda x: x, " after a layer norm": lambda x: F.layer_norm(x, (k,))}
-    cases = {}
-    for name, do in before.items():
-        bf16 = torch.compile(lambda x, do=do: F.linear(do(x), *narrow), fullgraph=True, dynamic=False)
-        both = torch.compile(lambda x, do=do: int8.int8_linear(do(x), *packed), fullgraph=True, dynamic=False)
-        cases[f"compiled{name}, token"] = (lambda f=bf16: f(x)), (lambda f=both: f(x))
     plain = lambda: F.linear(x, *narrow)  # noqa: E731
-    for activations in ("token", "tensor"):
-        cases[f"eager, {activations}"] = plain, (lambda a=activations: int8.int8_linear(x, *packed, a))
+    cases = {f"eager, {a}": (plain, lambda a=a: int8.int8_linear(x, *packed, a)) for a in ("token", "tensor")}
+    for name, do in {"": lambda x: x, " after a layer norm": lambda x: F.layer_norm(x, (k,))}.items():
+        bf16 = compiled(lambda x, do=do: F.linear(do(x), *narrow))
+        both = compiled(lambda x, do=do: int8.int8_linear(do(x), *packed))
+        cases[f"compiled{name}, token"] = (lambda f=bf16: f(x)), (lambda f=both: f(x))
 
     y = F.linear(x.float(), *wide)
-    found = {"m": m, "k": k, "n": n, "error": {"bf16": error(plain(), y)}}
-    for name in ("token", "tensor"):
-        found["error"][f"int8, {name}"] = error(int8.int8_linear(x, *packed, name), y)
-    return found | {"ratio": {name: pairs(*both) for name, both in cases.items()}, "parts_ms": parts(x, packed)}
+    errors = {name.replace("eager", "int8"): error(f(), y) for name, (_, f) in cases.items() if "norm" not in name}
+    for one, other in cases.values():
+        one(), other()
+    return {"m": m, "k": k, "n": n, "error": {"bf16": error(plain(), y)} | errors}, cases, x, packed
+
+
+def compiled(f):
+    return torch.compile(f, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+
+def measure(known, cases, x, packed):
+    return known | {"ratio": {name: pairs(*both) for name, both in cases.items()}, "parts_ms": parts(x, packed)}
 
 
 def error(y, exact):
@@ -111,7 +120,9 @@ def machine():
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     wanted = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
     sets = [f for f in wanted if int8.cpu_features().get(f)]
-    return {"cpu": model, "instruction_sets": sets, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    pinned = os.environ.get("OMP_PROC_BIND", "false")
+    threads = {"threads": torch.get_num_threads(), "threads_pinned": pinned}
+    return {"cpu": model, "instruction_sets": sets, "torch": torch.__version__} | threads
 
 
 if __name__ == "__main__":

@@ -127,6 +127,24 @@ def sd3() -> Any:
     ))  # fmt: skip
 
 
+def sd3_with_words() -> Any:
+    """SD3 with two tiny text encoders and a tokenizer, for what takes prompts as text."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from hasten.bridge.small_sd3 import tokenizer
+
+    words = tokenizer([f"prompt number {i} of a thing" for i in range(30)])
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(text).eval() for _ in range(2)]
+    parts = sd3().components | {"text_encoder": encoders[0], "text_encoder_2": encoders[1]}
+    return _quiet(StableDiffusion3Pipeline(**parts | {"tokenizer": words, "tokenizer_2": words}))
+
+
 def sd3_inputs() -> dict[str, Any]:
     zeros = torch.zeros(1, 9, 16)  # as where T5 is absent
     text = {

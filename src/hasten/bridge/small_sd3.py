@@ -28,6 +28,8 @@ from transformers import (
 from hasten.bridge import folders
 from hasten.tokens.joint import BiasedJointAttention
 
+systems: tuple[str, ...] = ("sd3",)
+
 WIDTH, TEXT, LENGTH, VOCABULARY = 256, 128, 16, 2048
 T5_LENGTH = 256  # the pipeline's default max_sequence_length: that many zero tokens where there is no T5
 

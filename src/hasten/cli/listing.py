@@ -32,8 +32,8 @@ def everything() -> list[dict[str, Any]]:
     for kind, room in (("objective", "objectives.pretrain"), ("metric", "measure")):
         for name in tree.files(room):
             module = import_module(f"hasten.{room}.{name}")
-            if systems := getattr(module, "systems", ()) or (kind == "objective"):
-                found.append(_entry(name, kind, () if systems is True else systems, [], module.__doc__, {}))
+            if hasattr(module, "systems"):
+                found.append(_entry(name, kind, module.systems, [], module.__doc__, {}))
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+systems: tuple[str, ...] = ()
+
 
 def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, [B], of pictures [B, C, H, W] in [0, 1]: -10 log10 of the mean squared error at

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+systems: tuple[str, ...] = ("fid",)
+
 
 @dataclass(slots=True)
 class Moments:

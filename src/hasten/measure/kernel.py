@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+systems: tuple[str, ...] = ()
+
 
 def kernel_distance(x_ND: Tensor, y_MD: Tensor, block: int = 1024) -> float:
     """Squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, its unbiased estimate (KID).

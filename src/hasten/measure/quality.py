@@ -29,6 +29,8 @@ from torch import Tensor
 
 from hasten.measure.fidelity import feature_distances
 
+systems: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
@@ -36,7 +38,7 @@ class Quality:
 
     Attributes:
         value: min(prompt, spread).
-        low, high: 95 % bootstrap interval over prompts, widened to hold `value` where its bias leaves it outside.
+        low, high: 95 % bootstrap interval over prompts, moved so that the resamples' median is at `value`.
         prompt: adherence; None where the untouched pipeline shows none (one prompt for all, or d_other <= d(A, B)), and
             the value is `spread` alone.
         spread: nearness of the two sets as wholes.
@@ -76,8 +78,9 @@ def quality(
         generator: draws the bootstrap's prompts; on the CPU.
         prompts: an id a row; rows of one id are pictures of one prompt: resampled together, paired with each other, and
             never counted in d_other. Left out, each row is a prompt of its own.
-        resamples: of the prompts, percentile bootstrap (Efron 1979); each costs two SVDs of about 0.6 N rows.
-            0: no interval, low = high = value.
+        resamples: of the prompts (Efron 1979); each costs two SVDs of about 0.6 N rows. 0: low = high = value. A
+            resample repeats pictures, so it is as a smaller set, further from the law: without the move of its median to
+            `value`, the interval held the mean of 64 pictures' quality 3 times in 10, with it 8 or 9 times.
 
     Returns:
         The quality; 0 throughout where any feature of R is not finite (a broken picture is not averaged away).
@@ -103,10 +106,11 @@ def quality(
             if int((picked > 0).sum()) > 1:
                 p, s, _, _ = sets.scores(picked.double().to(again.device))
                 drawn.append(min(p, s) if follows else s)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.tensor(drawn or [value], dtype=torch.float64).quantile(ends).tolist()
+    at = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
+    low, middle, high = torch.tensor(drawn or [value], dtype=torch.float64).quantile(at).tolist()
+    low, high = (_clip(end + value - middle) for end in (low, high))
     kept = prompt if follows else None
-    return Quality(value, min(low, value), max(high, value), kept, spread, floor, len(again), count)
+    return Quality(value, low, high, kept, spread, floor, len(again), count)
 
 
 class _Sets:

@@ -76,7 +76,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with the version of its form; what is not finite becomes None, for JSON has no word."""
-        finite: dict[str, Any] = _finite({"report": VERSION, **asdict(self)})
+        plain = asdict(self)
+        speedup = {name: plain.pop(name) for name in ("denoising", "end_to_end")}
+        finite: dict[str, Any] = _finite({"report": VERSION, "speedup": speedup, **plain})
         return finite
 
     def write(self, path: str | os.PathLike[str]) -> None:

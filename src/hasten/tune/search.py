@@ -76,7 +76,7 @@ class Search:
         study = optuna.create_study(
             study_name="hasten", directions=["maximize", "maximize"], load_if_exists=True,
             storage=JournalStorage(JournalFileBackend(str(journal))),
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=8, warn_independent_sampling=False),
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8),
         )  # fmt: skip
         if not study.trials:
             for start in starts(self.labels, self.calls):

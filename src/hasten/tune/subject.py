@@ -74,6 +74,7 @@ def untouched(
     if keep is not None:
         seeds = torch.tensor([*task.seeds, *task.other_seeds])
         fresh = keep.with_suffix(".fresh")
-        save_file({"a": a.pictures, "fa": a.features, "b": b.pictures, "fb": b.features, "seeds": seeds}, fresh)
+        kept = {"a": a.pictures, "fa": a.features, "b": b.pictures, "fb": b.features, "seeds": seeds}
+        save_file({k: v.contiguous() for k, v in kept.items()}, fresh)
         fresh.replace(keep)
     return a, b

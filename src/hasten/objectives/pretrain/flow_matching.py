@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hasten.objectives.objective import Batch, Nets, Phase
 
+systems: tuple[str, ...] = ("flow-matching", "rectified-flow")
+
 
 @dataclass(frozen=True, slots=True)
 class FlowMatching:
@@ -33,8 +35,12 @@ class FlowMatching:
         rest = dict(batch)
         x0 = rest.pop("x0")
         eps = torch.randn(x0.shape, generator=rng, device=rng.device).to(x0)
-        normal = torch.randn(x0.shape[:1], generator=rng, device=rng.device).to(x0)
-        t = torch.sigmoid(self.location + self.scale * normal)
+        t = logit_normal(len(x0), self.location, self.scale, rng).to(x0)
         t_B = t.reshape(-1, *[1] * (x0.ndim - 1))
         v = nets["denoiser"]((1 - t_B) * x0 + t_B * eps, t, **rest)
         return (v.float() - (eps - x0)).square().mean()
+
+
+def logit_normal(size: int, location: float, scale: float, rng: torch.Generator) -> Tensor:
+    """Times in (0, 1), [size], whose logit is normal; Esser et al. 2024, arXiv:2403.03206 eq. 19."""
+    return torch.sigmoid(location + scale * torch.randn(size, generator=rng, device=rng.device))

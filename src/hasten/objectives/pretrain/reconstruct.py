@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hasten.objectives.objective import Batch, Nets, Phase
 
+systems: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:

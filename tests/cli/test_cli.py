@@ -1,0 +1,87 @@
+"""The command: its options are frozen, mistakes are one line and exit code 2, its list is what others read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from hasten.cli.main import app, main
+
+OPTIONS = {
+    "tune": ["budget_seconds", "device", "dry_run", "model", "out", "prompts", "quality", "seed", "trials"],
+    "generate": ["device", "model", "out", "prompts", "recipe", "seed"],
+    "bench": ["count", "device", "model", "out", "pairs", "prompts", "recipe", "seed"],
+    "methods": ["json"],
+    "train": ["autoencoder_steps", "device", "name", "out", "seed", "start", "steps"],
+}
+
+
+def test_options_are_frozen() -> None:
+    command = typer.main.get_command(app)
+    assert {n: sorted(p.name for p in c.params if p.name != "help") for n, c in command.commands.items()} == OPTIONS  # type: ignore[attr-defined]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["hasten", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "nowhere", "x"], "no such folder"),
+        (["generate", "emoji-flow", "x", "--recipe", "none.yaml"], "none.yaml"),
+        (["generate", "emoji-flow", "x", "--device", "warp"], "device 'warp'"),
+        (["tune", "emoji-flow", "--prompts", "none.txt"], "none.txt"),
+        (["tune", "emoji-flow", "--prompts", "EMPTY"], "no prompts"),
+        (["tune", "emoji-flow", "--prompts", "FEW"], "12 or more"),
+        (["bench", "emoji-flow", "--recipe", "BAD"], "unknown solver 'warp'"),
+        (["train", "nothing"], "no embedded model"),
+        (["generate", "emoji-flow", "x", "--out", "FILE/inside"], "--out"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY").write_text("\n\n")
+    (tmp_path / "FEW").write_text("one\ntwo\n")
+    (tmp_path / "BAD").write_text("solver: warp\n")
+    (tmp_path / "FILE").write_text("")
+    words = [str(tmp_path / w) if w.split("/")[0] in ("EMPTY", "FEW", "BAD", "FILE") else w for w in words]
+    assert run(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "methods", "--json") == 0
+    things = json.loads(capsys.readouterr().out)
+    kinds = {"solver", "grid", "guidance", "method", "objective", "metric"}
+    assert {t["kind"] for t in things} == kinds
+    for t in things:
+        assert {"name", "kind", "systems", "settings", "source"} <= set(t)
+        assert len(t["source"]) > 20
+        for s in t["settings"]:
+            assert set(s) == {"name", "type", "default", "range"}
+        if t["kind"] == "solver":
+            assert {"order", "calls", "stochastic"} <= set(t)
+        if t["kind"] == "method":
+            assert {"stage", "writes"} <= set(t)
+    names = {t["name"] for t in things}
+    assert {"ddim", "euler", "heun", "dpmpp_2m", "unipc", "ipndm", "log_snr", "runtime.bf16", "runtime.compile"} <= names
+    assert {"cache.interval", "cache.first_block", "guidance.interval", "quant.w8a8"} <= names
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "tune", "--help") == 0
+    said = capsys.readouterr().out
+    assert "Example" in said
+    assert "--quality" in said
