@@ -26,5 +26,7 @@ def _leaves_nothing_behind() -> Iterator[None]:
     yield
     assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[:2]
     changed = {k for k in os.environ.keys() | before[2].keys() if os.environ.get(k) != before[2].get(k)}
-    assert not {k for k in changed if not k.startswith(("PYTEST", "TORCHINDUCTOR", "_TORCHINDUCTOR", "TRITON"))}, changed
+    assert not {k for k in changed if not k.startswith(("PYTEST", "TORCHINDUCTOR", "_TORCHINDUCTOR", "TRITON"))}, (
+        changed
+    )
     assert {t.name for t in threading.enumerate() if not t.daemon} <= threads

@@ -172,7 +172,13 @@ def flux_inputs() -> dict[str, Any]:
         "prompt_embeds": _embeds((1, 7, 16), 1), "pooled_prompt_embeds": _embeds((1, 16), 3),
         "negative_prompt_embeds": _embeds((1, 7, 16), 2), "negative_pooled_prompt_embeds": _embeds((1, 16), 4),
     }  # fmt: skip
-    return text | {"height": SIDE, "width": SIDE, "num_inference_steps": 6, "guidance_scale": 3.0, "true_cfg_scale": 2.0}
+    return text | {
+        "height": SIDE,
+        "width": SIDE,
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "true_cfg_scale": 2.0,
+    }
 
 
 def pixart() -> Any:
@@ -200,11 +206,13 @@ def pixart_inputs() -> dict[str, Any]:
 def wan() -> Any:
     torch.manual_seed(0)
     net = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return _quiet(WanPipeline(transformer=_awake(net), vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None))
 

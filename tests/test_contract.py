@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from torch import nn
 
 import hasten
+from families import FAMILIES, Family
 from hasten import Recipe, moment, tree
 from hasten.method import Method, Refused, conflict
 from hasten.moment import Moment
@@ -20,8 +20,12 @@ CASES = [pytest.param(m, f, id=f"{m}-{f.name}") for m in METHODS for f in FAMILI
 
 
 def fingerprint(pipe: Any) -> dict[str, Any]:
-    """Class, instance attributes and hooks of the pipeline, its scheduler and every module, and every weight's bytes."""
-    looks: dict[str, Any] = {"pipe": (type(pipe), set(vars(pipe))), "scheduler": (pipe.scheduler, set(vars(pipe.scheduler)))}
+    """Class, instance attributes and hooks of the pipeline, its scheduler and every module, and every weight's
+    bytes."""
+    looks: dict[str, Any] = {
+        "pipe": (type(pipe), set(vars(pipe))),
+        "scheduler": (pipe.scheduler, set(vars(pipe.scheduler))),
+    }
     for part in ("unet", "transformer"):
         net = getattr(pipe, part, None)
         if net is None:
@@ -30,7 +34,12 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
             hooks = [len(getattr(m, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
             looks[f"{part}.{name}"] = (id(m), type(m), set(vars(m)), hooks, getattr(m, "processor", None))
         for name, t in itertools.chain(net.named_parameters(), net.named_buffers()):
-            looks[f"{part}.{name}.data"] = (id(t), t.dtype, t.stride(), t.detach().clone().view(torch.uint8).numpy().tobytes())
+            looks[f"{part}.{name}.data"] = (
+                id(t),
+                t.dtype,
+                t.stride(),
+                t.detach().clone().view(torch.uint8).numpy().tobytes(),
+            )
     return looks
 
 
@@ -72,7 +81,11 @@ def test_neutral_setting_is_exact(label: str, family: Family) -> None:
 
 def strong(label: str) -> dict[str, Any]:
     """Settings at which a method certainly acts within six steps."""
-    return {"cache.interval": {"every": 3}, "cache.first_block": {"threshold": 2.0}, "guidance.interval": {"low": 0.4, "high": 0.6}}.get(label, {})
+    return {
+        "cache.interval": {"every": 3},
+        "cache.first_block": {"threshold": 2.0},
+        "guidance.interval": {"low": 0.4, "high": 0.6},
+    }.get(label, {})
 
 
 @pytest.mark.parametrize(("label", "family"), [c for c in CASES if c.values[0] != "runtime.compile"])
@@ -86,7 +99,7 @@ def test_acts_and_is_deterministic(label: str, family: Family) -> None:
         assert all(patch.sites for _, patch in handle.patches if _ != "scheduler")
     if label == "tokens.fold":
         assert (one - before).abs().max() < 1e-5 * before.abs().max()
-    elif not (label == "quant.w8a8"):
+    elif label != "quant.w8a8":
         assert not torch.equal(one, before)
 
 

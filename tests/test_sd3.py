@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES
 
 import hasten
+from families import FAMILIES
 from hasten import Recipe
 from hasten.grids.shifted import shifted
 from hasten.objectives.pretrain.flow_matching import logit_normal
@@ -45,8 +45,8 @@ def test_times_are_logit_normal(location: float, scale: float) -> None:
 
 @pytest.mark.system("sd3", "w8a8")
 def test_all_kinds_of_method_compose_on_its_transformer() -> None:
-    """Solver, grid, guidance interval, folded tokens, bf16, int8 and a cache at once: near the exact sample with the same solver,
-    and the untouched bits after removal."""
+    """Solver, grid, guidance interval, folded tokens, bf16, int8 and a cache at once: near the sample of
+    the same solver without them, and the untouched bits after removal."""
     pipe = SD3.build()
     plain = SD3.call(pipe)
     grid = {"solver": "dpmpp_2m", "grid": "uniform", "steps": 12}

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from hasten.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
-_WHERE = {"accelerate": "api", "save": "api", "load": "api", "Handle": "api", "Recipe": "recipe", "reference": "reference"}
+_WHERE = {
+    "accelerate": "api",
+    "save": "api",
+    "load": "api",
+    "Handle": "api",
+    "Recipe": "recipe",
+    "reference": "reference",
+}
 
 
 def __getattr__(name: str) -> Any:

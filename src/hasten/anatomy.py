@@ -92,7 +92,9 @@ def anatomy(model: nn.Module) -> Anatomy:
             chains.extend((b,) for b in members if _is_residual(b.module))
     chains = chains or _longest_list(model)
     if not chains:
-        raise ValueError(f"no repeated blocks found in {type(model).__name__}: this method works on networks made of them")
+        raise ValueError(
+            f"no repeated blocks found in {type(model).__name__}: this method works on networks made of them"
+        )
     return Anatomy(model, tuple(chains))
 
 

@@ -26,7 +26,8 @@ class Handle:
         """Everything bit for bit as before. A second call does nothing.
 
         Raises:
-            RuntimeError: a later handle still holds something of this one's; nothing was changed. Remove that one first.
+            RuntimeError: a later handle still holds something of this one's; nothing was changed. Remove that one
+            first.
         """
         Patch.check([patch for _, patch in self.patches])
         while self.patches:
@@ -50,20 +51,26 @@ class Handle:
             ran, reused = (sum(p.tally[k] for _, p in self.patches) for k in ("ran", "reused"))
             saved = f", {reused / (ran + reused):.0%} of block runs saved" if reused else ""
             lines.append(
-                f"  since then: {self.clock.trajectories} trajectories, {self.clock.calls} network calls of {each:.1f} ms{saved}"
+                f"  since then: {self.clock.trajectories} trajectories, {self.clock.calls} network calls"
+                f" of {each:.1f} ms{saved}"
             )
         return "\n".join(lines)
 
 
 def _headline(recipe: Recipe) -> str:
-    parts = [recipe.solver, f"{recipe.steps} steps" if recipe.steps else None, *(m.label() for m in recipe.all_methods())]
+    parts = [
+        recipe.solver,
+        f"{recipe.steps} steps" if recipe.steps else None,
+        *(m.label() for m in recipe.all_methods()),
+    ]
     return ", ".join(p for p in parts if p) or "an empty recipe"
 
 
 def accelerate(thing: Any, recipe: Recipe | str | os.PathLike[str]) -> Handle:
     """Puts `recipe` on a diffusers pipeline, or, where it has methods alone, on a bare network, in place.
 
-    The pipeline stays the ordinary one: steps and guidance scale of the recipe are defaults that a call's own arguments override.
+    The pipeline stays the ordinary one: steps and guidance scale of the recipe are defaults that a call's own
+    arguments override.
 
     Raises:
         RecipeError: the recipe file is wrong, or it needs a pipeline and got a network.

@@ -70,7 +70,8 @@ def at(path: Path, times: Sequence[float]) -> Grid:
         def slope(y: torch.Tensor) -> list[float]:
             if not y.requires_grad:  # constant in t
                 return [0.0] * len(times)
-            return torch.autograd.grad(y.sum(), t)[0].tolist()
+            found = torch.autograd.grad(y.sum(), t)[0].tolist()
+            return [math.inf if math.isnan(d) else d for d in found]  # a root's slope at 0 reads as 0 x inf
 
         slopes = slope(alpha), slope(sigma)
 
@@ -82,7 +83,8 @@ def at(path: Path, times: Sequence[float]) -> Grid:
 
 
 Spacing = Callable[..., Sequence[float]]
-"""(path, steps, **settings) -> [steps + 1] falling times from 1 to 0; one a file in `grids/`, its settings keyword-only."""
+"""(path, steps, **settings) -> [steps + 1] falling times from 1 to 0; one a file in `grids/`, its settings
+keyword-only."""
 
 
 def build(path: Path, spacing: Spacing, steps: int, **settings: Any) -> Grid:

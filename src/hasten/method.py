@@ -44,8 +44,8 @@ class Refused(ValueError):
 
 
 class Method(BaseModel):
-    """Base of every method. A subclass is one file of a method room; its fields carry ranges, which give validation, the
-    documentation and the tuner's space.
+    """Base of every method. A subclass is one file of a method room; its fields carry ranges, which give validation,
+    the documentation and the tuner's space.
 
     Attributes:
         stage: when it is applied.
@@ -54,7 +54,7 @@ class Method(BaseModel):
         neutral: settings at which it changes nothing, bit for bit; None where it has none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     stage: ClassVar[Stage]
     writes: ClassVar[frozenset[Part]]
@@ -62,7 +62,8 @@ class Method(BaseModel):
     neutral: ClassVar[dict[str, Any] | None] = None
 
     def apply(self, model: nn.Module) -> Patch:
-        """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't work."""
+        """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't
+        work."""
         raise TypeError(f"{type(self).__name__} has no apply")
 
     @classmethod

@@ -56,7 +56,9 @@ class Patch(ExitStack):
 
         def check() -> None:
             if vars(owner).get(name) is not value:
-                raise RuntimeError(f"a later patch still holds {name!r} of {type(owner).__name__}; remove that one first")
+                raise RuntimeError(
+                    f"a later patch still holds {name!r} of {type(owner).__name__}; remove that one first"
+                )
 
         def undo() -> None:
             vars(owner).pop(name, None) if old is _MISSING else vars(owner).__setitem__(name, old)
@@ -84,34 +86,35 @@ class Patch(ExitStack):
         self._note(owner, leaf, check, lambda: owner._modules.__setitem__(leaf, old))
 
     def park(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        """Gives parameters and buffers the numbers they have, rounded to `dtype`. The old ones wait outside the memory that a
-        device computes in: a CPU's in one temporary file, an accelerator's in host memory; removal reads them back."""
-        on_disk = [t for t in tensors if t.device.type == "cpu"]
-        if on_disk:
-            shelf = self.enter_context(tempfile.TemporaryFile())
-        for tensor in tensors:
+        """Gives parameters and buffers the numbers they have, rounded to `dtype`. The old ones wait outside the
+        memory that a device computes in: a CPU's in one temporary file, an accelerator's in host memory; removal
+        reads them back."""
+        wide = [t for t in dict.fromkeys(tensors) if t.dtype != dtype]
+        if any(t.device.type == "cpu" for t in wide):
+            shelf = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        for tensor in wide:
             old = tensor.data
             if tensor.device.type == "cpu":
                 place = shelf.tell()
-                shelf.write(old.contiguous().view(torch.uint8).numpy().data if old.ndim else old.view(1).view(torch.uint8).numpy().data)
+                shelf.write(old.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 back = partial(_read_back, shelf, place, old.dtype, old.shape, old.stride())
             else:
-                back = partial(_from_host, old.cpu(), old.device)
-            new = old.to(dtype)
-            tensor.data = new
+                back = partial(torch.Tensor.clone, old.cpu())
+            tensor.data = old.to(dtype)
             del old
 
-            def check(tensor: torch.Tensor = tensor, place: int = new.data_ptr()) -> None:
-                if tensor.data_ptr() != place:
-                    raise RuntimeError("a later patch still holds a weight; remove that one first")
+            def check(tensor: torch.Tensor = tensor) -> None:
+                if tensor.dtype != dtype:  # its memory may be another since: `pipe.to(...)` is no patch
+                    raise RuntimeError("a later patch (or a cast) still holds a weight; remove that one first")
 
             def undo(tensor: torch.Tensor = tensor, back: Callable[[], torch.Tensor] = back) -> None:
-                tensor.data = back()
+                tensor.data = back().to(tensor.device)
 
             self._note(tensor, "data", check, undo)
 
     def extend(self, owner: object, members: dict[str, Any]) -> None:
-        """Gives one object a class of its own, with `members` over those of its class; others of the class keep theirs."""
+        """Gives one object a class of its own, with `members` over those of its class; others of the class keep
+        theirs."""
         old = type(owner)
         named = {"__module__": old.__module__, "__qualname__": old.__qualname__, "__doc__": old.__doc__}
         new = type(old.__name__, (old,), {**named, **members})
@@ -132,13 +135,10 @@ class Patch(ExitStack):
 def _read_back(
     shelf: IO[bytes], place: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]
 ) -> torch.Tensor:
-    fresh = torch.empty(shape, dtype=dtype)
     shelf.seek(place)
-    raw = bytearray(shelf.read(fresh.numel() * fresh.element_size()))
-    fresh = torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else fresh
+    raw = bytearray(shelf.read(shape.numel() * dtype.itemsize))
+    fresh = torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
     laid = torch.empty_strided(shape, stride, dtype=dtype)
-    return laid.copy_(fresh)
-
-
-def _from_host(kept: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return kept.to(device)
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in stride)  # of an expanded dimension, one
+    laid[once].copy_(fresh[once])
+    return laid

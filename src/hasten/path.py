@@ -45,7 +45,8 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Exploding:
-    """Noise is added and nothing shrinks, alpha = 1, sigma = sigma_max t. Karras et al. 2022, arXiv:2206.00364 sec. 3."""
+    """Noise is added and nothing shrinks, alpha = 1, sigma = sigma_max t. Karras et al. 2022, arXiv:2206.00364 sec.
+    3."""
 
     sigma_max: float = 80.0
 

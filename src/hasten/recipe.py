@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import re
+from collections.abc import Iterable
 from pathlib import Path as File
 from typing import Any, Literal, Self
 
@@ -28,7 +29,7 @@ class Guidance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scale: float | None = Field(None, ge=0, le=100)
+    scale: float | None = Field(None, ge=0, le=100, strict=True)
     interval: tuple[float, float] | None = None
 
     @field_validator("interval")
@@ -51,11 +52,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    hasten: Literal[1] = VERSION
+    hasten: Literal[1] = 1
     solver: str | None = None
     grid: str | dict[str, dict[str, Any]] | tuple[float, ...] | None = None
-    steps: int | None = Field(None, ge=1, le=10_000)
-    guidance: Guidance = Guidance()
+    steps: int | None = Field(None, ge=1, le=10_000, strict=True)
+    guidance: Guidance = Field(default_factory=lambda: Guidance.model_validate({}))
     methods: tuple[Method, ...] = ()
 
     @field_validator("solver")
@@ -64,6 +65,20 @@ class Recipe(BaseModel):
         if value is not None:
             tree.function("solvers", value)
         return value
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _read_grid(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if len(value) != 1:
+                raise ValueError(f"a grid is one name with its settings; given {list(value)}")
+            ((name, settings),) = value.items()
+            return {str(name): _mapping(str(name), settings)}
+        if isinstance(value, list | tuple) and all(type(t) in (int, float) for t in value):
+            return tuple(float(t) for t in value)
+        if value is None or isinstance(value, str):
+            return value
+        raise ValueError(f"a grid is a name, a name with its settings, or a list of times; given {value!r:.80}")
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -102,10 +117,12 @@ class Recipe(BaseModel):
         if self.grid is None or isinstance(self.grid, tuple):
             return None
         named = {self.grid: {}} if isinstance(self.grid, str) else self.grid
-        if len(named) != 1:
-            raise ValueError(f"a grid is one name with its settings; given {list(named)}")
         ((name, settings),) = named.items()
-        return tree.function("grids", name), tree.checked(tree.function("grids", name), settings)
+        found = tree.function("grids", name)
+        try:
+            return found, tree.checked(found, settings)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {_one_line(error, tree.settings(found))}") from None
 
     def apply(self, model: nn.Module) -> list[tuple[Method, Patch]]:
         """Applies the methods to a bare network; whoever drives the loop sets the `Moment`.
@@ -114,20 +131,27 @@ class Recipe(BaseModel):
             RecipeError: the recipe has a solver, grid, steps or scale, which need a pipeline.
         """
         if self.solver or self.steps or self.guidance.scale is not None:
-            raise RecipeError("a bare network takes a recipe of methods alone: remove solver, grid, steps and guidance scale")
+            raise RecipeError(
+                "a bare network takes a recipe of methods alone: remove solver, grid, steps and guidance scale"
+            )
         return apply_all(self.all_methods(), model)
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Raises RecipeError in one line where anything is unknown, out of range or in conflict."""
         if not isinstance(data, dict):
-            raise RecipeError(f"a recipe is a mapping such as {{hasten: 1, solver: dpmpp_2m, steps: 8}}; given {data!r:.80}")
-        if data.get("hasten", VERSION) != VERSION:
-            raise RecipeError(f"this recipe is of version {data['hasten']!r:.20}, this hasten reads version {VERSION}: update one")
+            raise RecipeError(
+                f"a recipe is a mapping such as {{hasten: 1, solver: dpmpp_2m, steps: 8}}; given {data!r:.80}"
+            )
+        version = data.get("hasten", VERSION)
+        if type(version) is not int or version != VERSION:
+            raise RecipeError(
+                f"this recipe is of version {version!r:.20}, this hasten reads version {VERSION}: update one"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(_one_line(error)) from None
+            raise RecipeError(_one_line(error, cls.model_fields)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe; absent parts are left out."""
@@ -144,11 +168,13 @@ class Recipe(BaseModel):
         """Reads YAML. Raises RecipeError naming the file."""
         try:
             text = File(file).read_text(encoding="utf-8")
-            return cls.from_dict(yaml.safe_load(text))
+            return cls.from_dict(yaml.load(text, _Strict))
         except RecipeError as error:
             raise RecipeError(f"{file}: {error}") from None
         except yaml.YAMLError as error:
             raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise RecipeError(f"{file}: not YAML of a recipe: nested too deeply") from None
         except UnicodeDecodeError:
             raise RecipeError(f"{file}: not a text file; a recipe is YAML") from None
         except OSError as error:
@@ -159,11 +185,23 @@ class Recipe(BaseModel):
         head = "".join(f"# {line}\n" for line in comment.splitlines())
         text = head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None)
         target = File(file)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as fresh:
-            fresh.write(text)
-        File(fresh.name).replace(target)
+        fresh = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two, the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _read_method(item: Any) -> Method:
@@ -172,23 +210,37 @@ def _read_method(item: Any) -> Method:
     if isinstance(item, str):
         item = {item: {}}
     if not (isinstance(item, dict) and len(item) == 1):
-        raise ValueError(f"a method is one name with its settings, such as cache.interval: {{every: 2}}; given {item!r:.80}")
+        raise ValueError(
+            f"a method is one name with its settings, such as cache.interval: {{every: 2}}; given {item!r:.80}"
+        )
     ((label, settings),) = item.items()
     found = tree.method(str(label))
     try:
-        return found.model_validate(settings or {})
+        return found.model_validate(_mapping(str(label), settings))
     except ValidationError as error:
-        known = ", ".join(found.model_fields) or "none"
-        raise ValueError(f"{label}: {_one_line(error)} (its settings: {known})") from None
+        raise ValueError(f"{label}: {_one_line(error, found.model_fields)}") from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _mapping(name: str, settings: Any) -> dict[str, Any]:
+    """Settings as YAML gives them: a mapping, or nothing."""
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: its settings are a mapping of names to values; given {settings!r:.60}")
+    return settings
+
+
+def _one_line(error: ValidationError, known: Iterable[str]) -> str:
     def tell(e: Any) -> str:
         place = ".".join(str(x) for x in e["loc"])
         given = "" if isinstance(e["input"], dict | list | tuple) else f", given {e['input']!r:.60}"
         if e["type"] == "extra_forbidden":
-            return f"unknown key {place!r}; remove it or correct its name"
-        text = e["msg"].removeprefix("Value error, ")
+            names = Guidance.model_fields if place.startswith("guidance.") else known
+            return f"unknown key {place!r}; known: {', '.join(names) or 'none'}"
+        text = e["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+        text = re.sub(r"^(Input|Tuple|Keys) should", "must", text)
+        text = re.sub(r"a valid dictionary or instance of \w+", "a mapping", text)
+        text = re.sub(r" after validation|valid ", "", text)
         return text if e["type"] == "value_error" else f"{place}: {text}{given}"
 
     return "; ".join(dict.fromkeys(tell(e) for e in error.errors()))

@@ -22,7 +22,7 @@ def files(room: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(import_module(f"hasten.{room}").__path__))
 
 
-def function(room: str, name: str) -> Callable[..., Any]:
+def function(room: str, name: str) -> Any:
     """The function `name` of the file `name` in `room`. Raises ValueError with the names there are."""
     if name in files(room):
         found = getattr(import_module(f"hasten.{room}.{name}"), name, None)
@@ -31,7 +31,7 @@ def function(room: str, name: str) -> Callable[..., Any]:
     raise ValueError(f"unknown {room.removesuffix('s')} {name!r}; known: {', '.join(functions(room))}")
 
 
-def functions(room: str) -> dict[str, Callable[..., Any]]:
+def functions(room: str) -> dict[str, Any]:
     """Every file of a room that holds a function of its own name."""
     found = {n: getattr(import_module(f"hasten.{room}.{n}"), n, None) for n in files(room)}
     return {n: f for n, f in found.items() if f is not None}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
 
 import hasten
+from families import FAMILIES
 from hasten import Recipe
 from hasten.bridge import folders
 from hasten.bridge.folders import ModelError
@@ -26,11 +26,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _recipe() -> Recipe:
-    return Recipe.from_dict({"solver": "dpmpp_2m", "grid": "uniform", "steps": 4, "methods": [{"cache.interval": {"every": 2}}]})
+    return Recipe.from_dict(
+        {"solver": "dpmpp_2m", "grid": "uniform", "steps": 4, "methods": [{"cache.interval": {"every": 2}}]}
+    )
 
 
 def _loadable() -> Any:
-    """The tiny pixel-less family whose every part can be saved and read: a pipeline without text encoders needs none."""
+    """The tiny pixel-less family whose every part can be saved and read: a pipeline without text encoders needs
+    none."""
     return FAMILIES[0].build()
 
 

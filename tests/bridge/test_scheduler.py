@@ -1,4 +1,5 @@
-"""Every solver in every real pipeline: the same sample as the standalone driver, the calls it claims, edits honoured."""
+"""Every solver in every real pipeline: the same sample as the standalone driver, the calls it claims, edits
+honoured."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 
 import hasten
+from families import FAMILIES, Family
 from hasten import Recipe, tree
 from hasten.bridge.process import process
 from hasten.bridge.scheduler import SolverScheduler
@@ -75,8 +76,8 @@ def test_keeps_the_pipelines_own_times_where_no_grid_is_given(family: Family) ->
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_edits_of_latents_between_steps_are_honoured(name: str) -> None:
-    """Overwriting half of the latents by known ones at every step, as inpainting does: the standalone loop with the same
-    edits gives the same sample."""
+    """Overwriting half of the latents by known ones at every step, as inpainting does: the standalone loop with the
+    same edits gives the same sample."""
     family = next(f for f in FAMILIES if f.name == "sd3")
     pipe, solver = family.build(), tree.function("solvers", name)
     known, keep = process(pipe.scheduler), torch.full((1, 4, 16, 8), 0.25)

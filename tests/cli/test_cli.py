@@ -76,7 +76,17 @@ def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsy
         if t["kind"] == "method":
             assert {"stage", "writes"} <= set(t)
     names = {t["name"] for t in things}
-    assert {"ddim", "euler", "heun", "dpmpp_2m", "unipc", "ipndm", "log_snr", "runtime.bf16", "runtime.compile"} <= names
+    assert {
+        "ddim",
+        "euler",
+        "heun",
+        "dpmpp_2m",
+        "unipc",
+        "ipndm",
+        "log_snr",
+        "runtime.bf16",
+        "runtime.compile",
+    } <= names
     assert {"cache.interval", "cache.first_block", "guidance.interval", "quant.w8a8"} <= names
 
 

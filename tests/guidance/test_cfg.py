@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, Family
 
 import hasten
+from families import FAMILIES, Family
 from hasten import Recipe
 from hasten.grid import at
 from hasten.guidance.cfg import cfg
@@ -18,7 +18,8 @@ GRID = at(Flow(), [0.8, 0.5, 0.1])
 
 @pytest.mark.system("cfg")
 def test_guided_gaussians_are_guided_exactly() -> None:
-    """Two Gaussians of one variance: guidance of scale w is the denoiser of the Gaussian whose mean is u + w (c - u)."""
+    """Two Gaussians of one variance: guidance of scale w is the denoiser of the Gaussian whose mean is u + w (c -
+    u)."""
     c, u = Gaussian(1.0, 0.3), Gaussian(-0.5, 0.3)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     for scale in (0.0, 0.5, 1.0, 3.0):

@@ -133,7 +133,7 @@ def test_every_family_runs_close_and_is_restored_bit_for_bit(name: str):
     net = build()
     modules, state = dict(net.named_modules()), {k: v.clone() for k, v in net.state_dict().items()}
     before = run(call, net)
-    patch = W8A8().apply(net)
+    patch = W8A8(smallest=WIDTH).apply(net)
     assert len(swapped(net)) == len(patch.sites) >= 10
     after = run(call, net)
     assert not after.equal(before)
@@ -166,7 +166,7 @@ def test_small_layers_stay_and_none_large_enough_is_refused():
 def test_weights_of_the_swapped_layers_take_half_the_bytes_of_bfloat16():
     net = sd3()
     dense = {n: m.weight.numel() for n, m in net.named_modules() if type(m) is nn.Linear}
-    with W8A8().apply(net):
+    with W8A8(smallest=WIDTH).apply(net):
         for name in swapped(net):
             layer = net.get_submodule(name)
             own = sum(b.nbytes for b in layer.buffers())
@@ -178,7 +178,7 @@ def test_with_bf16_outputs_are_bf16_inside_and_both_are_taken_back():
     net = sd3()
     before = run(call_sd3, net)
     narrow = BF16().apply(net)
-    patch = W8A8().apply(net)
+    patch = W8A8(smallest=WIDTH).apply(net)
     layer = net.transformer_blocks[0].ff.net[2]
     with torch.no_grad():
         assert layer(randn(2, 5, layer.in_features).bfloat16()).dtype == torch.bfloat16
@@ -228,7 +228,7 @@ def test_a_refused_device_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     before = dict(net.named_modules())
     monkeypatch.setattr(int8, "cpu_features", lambda: {"avx2": True})
     with pytest.raises(Refused, match="need a CPU with one of avx512_vnni"):
-        W8A8().apply(net)
+        W8A8(smallest=WIDTH).apply(net)
     assert dict(net.named_modules()) == before
 
 

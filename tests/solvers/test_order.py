@@ -69,7 +69,9 @@ def test_ddim_is_exact_where_the_prediction_does_not_change() -> None:
         grid = at(path, [0.9, 0.2])
         now, after = grid.nodes
         x0, eps = torch.tensor([0.3]), torch.tensor([-1.1])
-        got = solve(SOLVERS["ddim"], lambda x, n: Prediction(x, x0, eps), now.alpha * x0 + now.sigma * eps, grid)
+        got = solve(
+            SOLVERS["ddim"], lambda x, n, x0=x0, eps=eps: Prediction(x, x0, eps), now.alpha * x0 + now.sigma * eps, grid
+        )
         assert torch.allclose(got, after.alpha * x0 + after.sigma * eps, atol=1e-6)
 
 
@@ -91,7 +93,8 @@ def test_euler_is_exact_on_a_straight_flow_in_one_step() -> None:
 @pytest.mark.system("unipc", "dpm-solver-pp", "ddim")
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc"])
 def test_equals_diffusers_on_its_own_times(name: str) -> None:
-    """A peer's result: diffusers' schedulers of the same solver, stepped by hand on the same betas and integer times."""
+    """A peer's result: diffusers' schedulers of the same solver, stepped by hand on the same betas and integer
+    times."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     from hasten.bridge.process import process

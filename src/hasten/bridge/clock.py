@@ -15,7 +15,8 @@ from hasten.patch import Patch
 
 
 class Clock:
-    """Counts on the host: `set_timesteps` starts a trajectory, `step` ends an evaluation, forwards in between are branches.
+    """Counts on the host: `set_timesteps` starts a trajectory, `step` ends an evaluation, forwards in between are
+    branches.
 
     Attributes:
         two_calls: the pipeline asks for the branches one after the other, the conditional first; else in one batch.
@@ -80,11 +81,12 @@ class Clock:
 
     def _which(self) -> Branch:
         if self.two_calls:
-            return ("cond", "uncond", "other")[min(self._branch, 2)]  # type: ignore[return-value]
+            return ("cond", "uncond", "other")[min(self._branch, 2)]
         return "other" if self._branch else "both" if self.guided else "cond"
 
     def _first(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Where in the timesteps this trajectory starts: what the pipeline told the scheduler, else the nearest time."""
+        """Where in the timesteps this trajectory starts: what the pipeline told the scheduler, else the nearest
+        time."""
         begin = getattr(scheduler, "begin_index", None)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if begin is not None or timestep is None or not self._times:

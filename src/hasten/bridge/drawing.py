@@ -17,8 +17,8 @@ class NotFinite(ArithmeticError):
 
 
 def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1, **call: Any) -> Iterator[Tensor]:
-    """Batches of pictures, [b, 3, H, W] float32 in [0, 1] on the CPU; picture i is of prompts[i] from seeds[i] whatever the
-    batch. Of a video, its middle frame.
+    """Batches of pictures, [b, 3, H, W] float32 in [0, 1] on the CPU; picture i is of prompts[i] from seeds[i]
+    whatever the batch. Of a video, its middle frame.
 
     Raises:
         NotFinite: a picture holds NaN or infinity.
@@ -36,7 +36,8 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1
 
 
 def twin(pipe: Any) -> Any:
-    """A pipeline with networks and scheduler of its own and the other parts shared: one to change, one to compare with."""
+    """A pipeline with networks and scheduler of its own and the other parts shared: one to change, one to compare
+    with."""
     parts = dict(pipe.components)
     for name in (*networks(pipe), "scheduler"):
         parts[name] = copy.deepcopy(parts[name])

@@ -48,7 +48,9 @@ def write(pipe: DiffusionPipeline, folder: Path) -> None:
         ModelError: it is accelerated, or the folder cannot be written.
     """
     if isinstance(pipe.scheduler, SolverScheduler) or "set_timesteps" in vars(pipe.scheduler):
-        raise ModelError("this pipeline is accelerated; call handle.remove() before saving, the recipe is saved beside it")
+        raise ModelError(
+            "this pipeline is accelerated; call handle.remove() before saving, the recipe is saved beside it"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -87,7 +89,9 @@ def _look_over(folder: Path) -> None:
     """Finds the usual faults before diffusers does, to say them plainly."""
     index = folder / "model_index.json"
     if not index.exists():
-        raise ModelError(f"{folder}: has no model_index.json, so it is no diffusers pipeline; give the folder that has one")
+        raise ModelError(
+            f"{folder}: has no model_index.json, so it is no diffusers pipeline; give the folder that has one"
+        )
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -114,4 +118,6 @@ def _look_over_weights(part: Path) -> None:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: truncated or corrupt ({' '.join(str(error).split())}); download it again") from None
+            raise ModelError(
+                f"{file}: truncated or corrupt ({' '.join(str(error).split())}); download it again"
+            ) from None

@@ -24,6 +24,7 @@ TWO_CALLS = ("Flux", "Wan", "QwenImage", "Chroma", "HunyuanVideo", "Lumina2", "Z
 
 
 def is_pipeline(thing: object) -> bool:
+    """Whether it is a diffusers pipeline."""
     return isinstance(thing, DiffusionPipeline)
 
 
@@ -40,8 +41,8 @@ def networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
-    """Applies `recipe` to `pipe` in place: its methods to each network, its solver as the scheduler, its steps and scale as the
-    defaults of `pipe(...)`. A failure half way takes back what was done.
+    """Applies `recipe` to `pipe` in place: its methods to each network, its solver as the scheduler, its steps and
+    scale as the defaults of `pipe(...)`. A failure half way takes back what was done.
 
     Returns:
         the clock that runs in it, and (label, patch) in the order applied.

@@ -45,7 +45,11 @@ def process(scheduler: Any) -> Process:
     config = scheduler.config
     steps = float(config.get("num_train_timesteps", 1000))
     kind = config.get("prediction_type", None)
-    if kind == "flow_prediction" or config.get("use_flow_sigmas", False) or type(scheduler).__name__.startswith("FlowMatch"):
+    if (
+        kind == "flow_prediction"
+        or config.get("use_flow_sigmas", False)
+        or type(scheduler).__name__.startswith("FlowMatch")
+    ):
         return Process(Flow(), "flow", steps, 0.0)
     table = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(table, Tensor) and kind in TARGETS:
@@ -57,8 +61,8 @@ def process(scheduler: Any) -> Process:
 
 
 def planned(scheduler: Any, p: Process) -> list[float]:
-    """The times that a diffusers scheduler is set to, falling, with 0 at the end: from its sigmas on a flow, else from its
-    timesteps (repeats, as PNDM has them, once)."""
+    """The times that a diffusers scheduler is set to, falling, with 0 at the end: from its sigmas on a flow, else
+    from its timesteps (repeats, as PNDM has them, once)."""
     if p.target == "flow":
         times = [min(1.0, s) for s in scheduler.sigmas.tolist()]
     else:

@@ -13,8 +13,8 @@ from hasten.bridge.process import planned, process
 from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node, at
 from hasten.path import Path
-from hasten.solvers.drive import visited
 from hasten.solvers.declare import Solver, Steps
+from hasten.solvers.drive import visited
 
 Lay = Callable[[Path, int], Grid]
 
@@ -22,9 +22,9 @@ Lay = Callable[[Path, int], Grid]
 class SolverScheduler:
     """Runs a `Solver` inside an ordinary pipeline, which keeps its loop.
 
-    Times are floats throughout, found on the host: no step asks the device for a number. The state is what the pipeline hands
-    to `step`, so edits of latents between steps are honoured; where a pipeline starts in the middle of `timesteps`, the solver
-    starts there.
+    Times are floats throughout, found on the host: no step asks the device for a number. The state is what the
+    pipeline hands to `step`, so edits of latents between steps are honoured; where a pipeline starts in the middle of
+    `timesteps`, the solver starts there.
 
     Attributes:
         base: the scheduler it stands in for; it gives configuration, path and, where no grid is laid, its own times.
@@ -42,6 +42,8 @@ class SolverScheduler:
         self.timesteps, self.sigmas = torch.tensor([]), torch.tensor([])
         self.num_inference_steps: int | None = None
         self._calls: list[Node] = []
+        self._laid: Grid | None = None
+        self._planned: Grid | None = None
         self._running: Steps | None = None
         self._node: Node | None = None
         self._begin: int | None = None
@@ -69,8 +71,11 @@ class SolverScheduler:
             self.grid = at(self.process.path, planned(self.base, self.process))
         else:
             steps = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
-            self.grid = self.lay(self.process.path, steps)
-        self._calls = visited(self.solver, self.grid)
+            if self._laid is None or len(self._laid) != steps:
+                self._laid = self.lay(self.process.path, steps)
+            self.grid = self._laid
+        if self.grid != self._planned:  # most pictures are laid as the one before
+            self._planned, self._calls = self.grid, visited(self.solver, self.grid)
         times = [self.process.timestep(n.t) for n in self._calls]
         self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
         sigmas_visited = [n.sigma for n in (*self._calls, self.grid.nodes[-1])]
@@ -81,13 +86,12 @@ class SolverScheduler:
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any
-    ) -> Any:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
         """One network call on: `sample` [B, ...] at `timestep` and what the network said there give the next state."""
         if self._running is None:
             self._start(timestep, sample)
-        assert self._running is not None and self._node is not None
+        assert self._running is not None
+        assert self._node is not None
         wide = sample.float()  # solvers run in float32 whatever the network's precision
         p = Prediction.of(self.process.target, model_output.float(), wide, self._node)
         try:

@@ -49,8 +49,9 @@ class Autoencoder(nn.Module):
 class TextToVelocity(nn.Module):
     """Text encoders and transformer as one call for training: (x, t, ids) -> velocity, as the pipeline wires them.
 
-    The pipeline has 256 zero tokens where T5 would be. They are alike, so they stay alike in every block, and one of them
-    with ln 256 added to its logits gives the same attention: that one is what is trained with, at a third of the tokens.
+    The pipeline has 256 zero tokens where T5 would be. They are alike, so they stay alike in every block, and one of
+    them with ln 256 added to its logits gives the same attention: that one is what is trained with, at a third of the
+    tokens.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline) -> None:
@@ -108,8 +109,8 @@ def pipeline(words: CLIPTokenizer, vae: AutoencoderTiny) -> StableDiffusion3Pipe
 
 
 def no_t5() -> T5EncoderModel:
-    """A T5 of no layers and a zero norm: its output is exactly the zeros that the pipeline puts where T5 is left out. Without it
-    `from_pretrained` would have to be told `text_encoder_3=None`."""
+    """A T5 of no layers and a zero norm: its output is exactly the zeros that the pipeline puts where T5 is left out.
+    Without it `from_pretrained` would have to be told `text_encoder_3=None`."""
     config = T5Config(vocab_size=3, d_model=2 * TEXT, d_kv=8, d_ff=8, num_heads=1, num_layers=0)
     encoder = T5EncoderModel(config).eval()
     torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
@@ -142,6 +143,10 @@ def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         part.to("cpu", torch.float16)
     folders.write(pipe, folder)
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # transformers would load what the config says, or what is stored
+    for name in (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    ):  # transformers would load what the config says, or what is stored
         file = folder / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -17,9 +17,9 @@ from hasten.patch import Patch
 
 
 class FirstBlock(Method):
-    """Runs the first block always; where its residual has changed by less than `threshold` since the others last ran, they give
-    their last residual again. threshold = 0 changes nothing. The rule is TeaCache's (Liu et al. 2024, arXiv:2411.19108 eq. 4,
-    relative L1 change) put on the first block's residual, known as FBCache.
+    """Runs the first block always; where its residual has changed by less than `threshold` since the others last ran,
+    they give their last residual again. threshold = 0 changes nothing. The rule is TeaCache's (Liu et al. 2024,
+    arXiv:2411.19108 eq. 4, relative L1 change) put on the first block's residual, known as FBCache.
 
     On an accelerator the decision is one number read back a step.
     """

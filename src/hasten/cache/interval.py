@@ -15,8 +15,8 @@ from hasten.patch import Patch
 
 
 class Interval(Method):
-    """Runs the blocks every `every` steps and adds their last residual in between. Saves 1 - 1 / every of the blocks' time;
-    every = 1 changes nothing. Selvaraju et al. 2024 (FORA), arXiv:2407.01425 sec. 3.2, on chains of blocks."""
+    """Runs the blocks every `every` steps and adds their last residual in between. Saves 1 - 1 / every of the blocks'
+    time; every = 1 changes nothing. Selvaraju et al. 2024 (FORA), arXiv:2407.01425 sec. 3.2, on chains of blocks."""
 
     stage: ClassVar = Stage.CACHE
     writes: ClassVar = frozenset({Part.SCHEDULE})

@@ -39,8 +39,8 @@ Decide = Callable[[Moment], bool]
 def reuse(patch: Patch, chain: tuple[Block, ...], decide: Decide) -> None:
     """Makes `chain` run, or, where `decide` says so and there is something kept, add what it added last time.
 
-    A residual is last output minus first input, of the image tokens and, where the chain changes them, of the context. It is
-    read only in the trajectory and on the branch it was taken on, so step 0 reads nothing.
+    A residual is last output minus first input, of the image tokens and, where the chain changes them, of the
+    context. It is read only in the trajectory and on the branch it was taken on, so step 0 reads nothing.
     """
     state = _State()
     first, last = chain[0], chain[-1]
@@ -53,7 +53,7 @@ def reuse(patch: Patch, chain: tuple[Block, ...], decide: Decide) -> None:
             state.skipping = kept is not None and kept.usable(here) and kept.x.shape == streams.x.shape and decide(here)
             patch.tally["reused" if state.skipping else "ran"] += len(chain)
             if state.skipping:
-                return first.give(_add(streams, kept), kept.two)  # type: ignore[arg-type]
+                return first.give(_add(streams, kept), kept.two)  # type: ignore[arg-type, union-attr]
             state.start = streams
         elif state.skipping:
             return block.give(streams, state.kept[here.branch].two)

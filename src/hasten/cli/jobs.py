@@ -39,6 +39,7 @@ def tune(
     model: str, quality: float, out: Path, trials: int, budget_seconds: float | None, prompts: Path | None, seed: int,
     device: str | None, dry_run: bool,
 ) -> None:  # fmt: skip
+    """Loads, tunes, shows, writes; with `dry_run` says what would be tried."""
     console = Console()
     given = read_prompts(prompts) if prompts else default_prompts(model)
     try:
@@ -57,6 +58,7 @@ def tune(
 
 
 def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out: Path, device: str | None) -> None:
+    """One PNG a prompt, whole or not at all, and what the recipe did."""
     from PIL import Image
     from rich.progress import track
 
@@ -82,8 +84,16 @@ def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out
 
 
 def bench(
-    model: str, recipe: Path, pairs: int, prompts: Path | None, count: int, seed: int, out: Path | None, device: str | None
+    model: str,
+    recipe: Path,
+    pairs: int,
+    prompts: Path | None,
+    count: int,
+    seed: int,
+    out: Path | None,
+    device: str | None,
 ) -> None:
+    """The report of a recipe against the untouched pipeline, printed and, with `out`, kept."""
     from rich.progress import Progress
 
     console = Console()
@@ -105,6 +115,7 @@ def bench(
 def train(
     name: str, out: Path, steps: int, autoencoder_steps: int, seed: int, device: str | None, start: Path | None
 ) -> None:
+    """Trains an embedded model into `out`."""
     if name not in reference.NAMES:
         raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.NAMES)}")
     _writable(out)

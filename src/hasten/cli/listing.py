@@ -14,8 +14,8 @@ from hasten.tune.space import bounds
 
 
 def everything() -> list[dict[str, Any]]:
-    """One object a thing: name, kind, systems, settings, source; for solvers order, calls, stochastic; for methods stage and
-    writes."""
+    """One object a thing: name, kind, systems, settings, source; for solvers order, calls, stochastic; for methods
+    stage and writes."""
     found: list[dict[str, Any]] = []
     for name, s in tree.functions("solvers").items():
         claims = {"order": s.order, "calls": s.calls, "stochastic": s.stochastic}
@@ -52,12 +52,16 @@ def show(as_json: bool) -> None:
             if t["kind"] == kind:
                 settings = "\n".join(_told(s) for s in t["settings"])
                 keys = ("order", "calls", "stochastic", "stage", "writes")
-                claims = "\n".join(f"{k} {v if not isinstance(v, list) else ', '.join(v)}" for k in keys if (v := t.get(k)))
+                claims = "\n".join(
+                    f"{k} {v if not isinstance(v, list) else ', '.join(v)}" for k in keys if (v := t.get(k))
+                )
                 table.add_row(t["name"], settings, claims, t["source"])
         console.print(table)
 
 
-def _entry(name: str, kind: str, systems: Any, settings: list[Any], doc: str | None, more: dict[str, Any]) -> dict[str, Any]:
+def _entry(
+    name: str, kind: str, systems: Any, settings: list[Any], doc: str | None, more: dict[str, Any]
+) -> dict[str, Any]:
     source = " ".join((doc or "").split("\n\n")[0].split())
     return {"name": name, "kind": kind, "systems": list(systems), "settings": settings, **more, "source": source}
 

@@ -32,9 +32,11 @@ def tune(
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be tried, and stop")] = False,
 ) -> None:
-    """Find the fastest recipe for MODEL that keeps QUALITY, prove it on prompts it was not searched on, write it to OUT.
+    """Find the fastest recipe for MODEL that keeps QUALITY, prove it on prompts it was not searched on, write it to
+    OUT.
 
-    Run again with the same OUT, an interrupted search goes on. Example: hasten tune emoji-flow --quality 0.95 --out out/
+    Run again with the same OUT, an interrupted search goes on. Example: hasten tune emoji-flow --quality 0.95 --out
+    out/
     """
     from hasten.cli import jobs
 
@@ -50,7 +52,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="folder for the pictures, PNG")] = Path("pictures"),
     device: Device = None,
 ) -> None:
-    """Draw PROMPTS with MODEL, with or without a recipe. Example: hasten generate emoji-flow "a red apple" --out pictures/"""
+    """Draw PROMPTS with MODEL, with or without a recipe. Example: hasten generate emoji-flow "a red apple" --out
+    pictures/"""
     from hasten.cli import jobs
 
     jobs.generate(model, prompts, recipe, seed, out, device)
@@ -77,7 +80,8 @@ def bench(
 def methods(
     json: Annotated[bool, typer.Option("--json", help="as a list of objects")] = False,
 ) -> None:
-    """List every solver, grid, guidance, method, objective and metric: settings with ranges, what it writes, its source."""
+    """List every solver, grid, guidance, method, objective and metric: settings with ranges, what it writes, its
+    source."""
     from hasten.cli import listing
 
     listing.show(json)
@@ -86,14 +90,17 @@ def methods(
 @app.command(rich_help_panel="The embedded models")
 def train(
     name: Annotated[str, typer.Argument(help="emoji-flow")],
-    out: Annotated[Path, typer.Option(help="folder for checkpoints, sample grids and the pipeline")] = Path("emoji-flow"),
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, sample grids and the pipeline")] = Path(
+        "emoji-flow"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="of the transformer; 64 pictures each")] = 12_000,
     autoencoder_steps: Annotated[int, typer.Option(min=1, help="of the autoencoder; 32 pictures each")] = 4_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
     start: Annotated[Path | None, typer.Option(help="pipeline folder to go on from, with its autoencoder")] = None,
 ) -> None:
-    """Train an embedded model from its data. Run again with the same OUT, it goes on from its last checkpoint, exactly."""
+    """Train an embedded model from its data. Run again with the same OUT, it goes on from its last checkpoint,
+    exactly."""
     from hasten.cli import jobs
 
     jobs.train(name, out, steps, autoencoder_steps, seed, device, start)

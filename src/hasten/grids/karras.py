@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from hasten.path import Path, lam
-from pydantic import Field
 
 
 def karras(
@@ -15,7 +15,8 @@ def karras(
     rho: Annotated[float, Field(ge=1, le=20)] = 7.0,
     smallest: Annotated[float, Field(gt=0, le=0.5, json_schema_extra={"log": True, "low": 0.002})] = 0.02,
 ) -> list[float]:  # fmt: skip
-    """From t = 1 even in (sigma / alpha)^(1 / rho), down to `smallest`, then 0. Karras et al. 2022, arXiv:2206.00364 eq. 5.
+    """From t = 1 even in (sigma / alpha)^(1 / rho), down to `smallest`, then 0. Karras et al. 2022, arXiv:2206.00364
+    eq. 5.
 
     Where the path's end is pure noise its sigma / alpha is taken as 50, and the end itself stands in that place.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from hasten.path import Path, lam
-from pydantic import Field
 
 
 def log_snr(
@@ -15,8 +15,8 @@ def log_snr(
     low: Annotated[float, Field(ge=-8, le=0)] = -3.0,
     high: Annotated[float, Field(ge=1, le=8)] = 3.0,
 ) -> list[float]:  # fmt: skip
-    """From t = 1, then even in lam = log(alpha / sigma) between `low` and `high`, then 0. Lu et al. 2022, arXiv:2206.00927
-    sec. 3.3. `low` is raised to the path's own lam at t = 1 where that is finite and above it."""
+    """From t = 1, then even in lam = log(alpha / sigma) between `low` and `high`, then 0. Lu et al. 2022,
+    arXiv:2206.00927 sec. 3.3. `low` is raised to the path's own lam at t = 1 where that is finite and above it."""
     first = float(lam(path, torch.tensor(1.0, dtype=torch.float64)))
     if steps == 1:
         return [1.0, 0.0]

@@ -18,9 +18,11 @@ def cfg(
     scale: Annotated[float, Field(ge=0, le=100)] = 5.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoiser:  # fmt: skip
-    """x0 and eps of u + scale (c - u) while t is in `interval`; the conditional prediction alone elsewhere, and at scale 1.
+    """x0 and eps of u + scale (c - u) while t is in `interval`; the conditional prediction alone elsewhere, and at
+    scale 1.
 
-    Ho & Salimans 2022, arXiv:2207.12598 eq. 6 (there w = scale - 1); interval: Kynkaanniemi et al. 2024, arXiv:2404.07724 eq. 6.
+    Ho & Salimans 2022, arXiv:2207.12598 eq. 6 (there w = scale - 1); interval: Kynkaanniemi et al. 2024,
+    arXiv:2404.07724 eq. 6.
     """
 
     def guided(x: Tensor, node: Node) -> Prediction:

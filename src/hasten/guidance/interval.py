@@ -17,11 +17,12 @@ from hasten.patch import Patch
 
 
 class Interval(Method):
-    """Runs the conditional branch alone while t is outside [low, high], half the work of those steps; [0, 1] changes nothing.
+    """Runs the conditional branch alone while t is outside [low, high], half the work of those steps; [0, 1] changes
+    nothing.
 
     Where the pipeline puts both branches in one batch, the conditional half is computed and given for both, so that the
-    pipeline's own u + s (c - u) is c; where it calls twice, the second call is given the first's answer. Kynkaanniemi et al.
-    2024, arXiv:2404.07724 eq. 6, in t instead of sigma.
+    pipeline's own u + s (c - u) is c; where it calls twice, the second call is given the first's answer. Kynkaanniemi
+    et al. 2024, arXiv:2404.07724 eq. 6, in t instead of sigma.
     """
 
     stage: ClassVar = Stage.GUIDANCE

@@ -79,8 +79,8 @@ def quality(
         prompts: an id a row; rows of one id are pictures of one prompt: resampled together, paired with each other, and
             never counted in d_other. Left out, each row is a prompt of its own.
         resamples: of the prompts (Efron 1979); each costs two SVDs of about 0.6 N rows. 0: low = high = value. A
-            resample repeats pictures, so it is as a smaller set, further from the law: without the move of its median to
-            `value`, the interval held the mean of 64 pictures' quality 3 times in 10, with it 8 or 9 times.
+            resample repeats pictures, so it is as a smaller set, further from the law: without the move of its median
+            to `value`, the interval held the mean of 64 pictures' quality 3 times in 10, with it 8 or 9 times.
 
     Returns:
         The quality; 0 throughout where any feature of R is not finite (a broken picture is not averaged away).

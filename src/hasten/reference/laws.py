@@ -25,7 +25,8 @@ class Gaussian:
         return Prediction(x, x0, (x - n.alpha * x0) / n.sigma)
 
     def flow(self, x: Tensor, now: Node, after: Node) -> Tensor:
-        """Where the probability-flow ODE takes x from `now` to `after`: deviations scale with the standard deviation."""
+        """Where the probability-flow ODE takes x from `now` to `after`: deviations scale with the standard
+        deviation."""
 
         def deviation(n: Node) -> float:
             return (self.var * n.alpha**2 + n.sigma**2) ** 0.5
@@ -35,7 +36,8 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Mixture:
-    """x0 ~ sum_k weight_k N(mean_k, var), each element on its own. Its denoiser bends, so it shows errors that a Gaussian hides."""
+    """x0 ~ sum_k weight_k N(mean_k, var), each element on its own. Its denoiser bends, so it shows errors that a
+    Gaussian hides."""
 
     means: tuple[float, ...] = (-1.0, 0.5, 1.5)
     weights: tuple[float, ...] = (0.3, 0.5, 0.2)

@@ -31,8 +31,8 @@ SHOWN = (
 def train_pipeline(
     out: Path, steps: int, autoencoder_steps: int, seed: int = 0, device: str | None = None, start: Path | None = None
 ) -> Any:
-    """Trains everything, or, from `start`, goes on with its transformer and text encoders; writes a diffusers pipeline in half
-    precision to `out`/pipeline and a sample grid at every checkpoint.
+    """Trains everything, or, from `start`, goes on with its transformer and text encoders; writes a diffusers
+    pipeline in half precision to `out`/pipeline and a sample grid at every checkpoint.
 
     About 25 minutes on two CPU cores for the autoencoder and two seconds a step for the rest; resumes from `out`.
     """
@@ -61,9 +61,11 @@ def captions(seed: int = 0) -> list[str]:
 def train_autoencoder(
     folder: Path, pixels: Tensor, until: int, seed: int = 0, device: str | None = None, size: int = 32
 ) -> Any:
-    """An `AutoencoderTiny` of pictures [N, 3, 64, 64] in [-1, 1]; prints the PSNR of every 40th at each checkpoint, dB."""
+    """An `AutoencoderTiny` of pictures [N, 3, 64, 64] in [-1, 1]; prints the PSNR of every 40th at each checkpoint,
+    dB."""
     weights = emoji.weights()
-    net = small_sd3.Autoencoder(small_sd3.autoencoder()).to(memory_format=torch.channels_last)
+    net = small_sd3.Autoencoder(small_sd3.autoencoder())
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.compile()
 
     def batch(step: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -92,7 +94,8 @@ def train_transformer(
     pipe: Any, folder: Path, pixels: Tensor, until: int, seed: int = 0, device: str | None = None,
     look: Callable[[int, dict[str, nn.Module]], None] | None = None, size: int = 64,
 ) -> None:  # fmt: skip
-    """Transformer and text encoders of `pipe`, in place, by flow matching on latents, a tenth of the captions left empty."""
+    """Transformer and text encoders of `pipe`, in place, by flow matching on latents, a tenth of the captions left
+    empty."""
     z = small_sd3.latents(pipe.vae, pixels)
     entries, weights = emoji.entries(), emoji.weights()
     net = small_sd3.TextToVelocity(pipe)
@@ -116,6 +119,8 @@ def sheet(pipe: Any, file: Path) -> None:
     from PIL import Image
 
     with torch.no_grad():
-        pixels = torch.cat(list(draw(quiet(pipe), SHOWN, [0] * len(SHOWN), 16, num_inference_steps=20, guidance_scale=3.0)))
+        pixels = torch.cat(
+            list(draw(quiet(pipe), SHOWN, [0] * len(SHOWN), 16, num_inference_steps=20, guidance_scale=3.0))
+        )
     tiles = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in pixels]
     contact_sheet([("", tiles)], list(SHOWN), file)

@@ -10,17 +10,16 @@ from torch import nn
 from hasten.method import Method, Part, Stage
 from hasten.patch import Patch
 
-
 WIDE = (torch.float32, torch.float16)
 
 
 class BF16(Method):
     """Weights in bfloat16, floating inputs cast on the way in and the output back to the caller's precision.
 
-    Half the bytes; on CPUs with AMX or AVX-512 BF16 and on GPUs two to ten times the matrix rate of float32. A relative rounding
-    error of 2^-9 a value. Times, position ids and buffers (rotary tables) keep their precision, and so do the modules that a
-    diffusers model lists as `_keep_in_fp32_modules`. Removal puts the float32 numbers back, bit for bit: they wait in a temporary file (CPU) or in host
-    memory (GPU), not on the device.
+    Half the bytes; on CPUs with AMX or AVX-512 BF16 and on GPUs two to ten times the matrix rate of float32. A
+    relative rounding error of 2^-9 a value. Times, position ids and buffers (rotary tables) keep their precision, and
+    so do the modules that a diffusers model lists as `_keep_in_fp32_modules`. Removal puts the float32 numbers back,
+    bit for bit: they wait in a temporary file (CPU) or in host memory (GPU), not on the device.
     """
 
     stage: ClassVar = Stage.ADAPT
@@ -29,7 +28,9 @@ class BF16(Method):
     def apply(self, model: nn.Module) -> Patch:
         with Patch() as patch:
             kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-            wide = [p for n, p in model.named_parameters() if p.dtype in WIDE and not any(k in n.split(".") for k in kept)]
+            wide = [
+                p for n, p in model.named_parameters() if p.dtype in WIDE and not any(k in n.split(".") for k in kept)
+            ]
             patch.park(wide, torch.bfloat16)
             patch.wrap(model, _at_border)
             return patch.keep()

@@ -14,7 +14,8 @@ from hasten.patch import Patch
 
 
 class Compile(Method):
-    """Compiles each block on its own: alike blocks share one compilation, and caches stay outside at the blocks' borders.
+    """Compiles each block on its own: alike blocks share one compilation, and caches stay outside at the blocks'
+    borders.
 
     The first call pays for it (seconds to minutes, told apart in every report); then elementwise work is fused.
     """

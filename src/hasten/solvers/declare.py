@@ -11,7 +11,8 @@ from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node
 
 Steps = Generator[tuple[Tensor, Node], Prediction, Tensor]
-"""Asks (x, node), is told a Prediction, returns the sample. The state is what the reply says (`p.x`): a caller may edit it."""
+"""Asks (x, node), is told a Prediction, returns the sample. The state is what the reply says (`p.x`): a caller may
+edit it."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ def dpmpp_2m(x: Tensor, grid: Grid) -> Steps:
     for now, after in grid.steps():
         p = yield x, now
         if after.clean:
-            return after.alpha * p.x0
+            return p.mix(x0=after.alpha)
         h = after.lam - now.lam
-        x0 = p.x0
-        if before is not None:
+        rise = -after.alpha * expm1(-h)
+        if before is None:
+            x = p.mix(x0=rise, x=after.sigma / now.sigma)
+        else:
             then, x0_then = before
-            x0 = x0 + (p.x0 - x0_then) * h / (2 * (now.lam - then.lam))
-        x = after.sigma / now.sigma * p.x - after.alpha * expm1(-h) * x0
+            r = h / (2 * (now.lam - then.lam))  # x0 + r (x0 - x0_then) is the slope's x0
+            x = p.mix(x0=rise * (1 + r), x=after.sigma / now.sigma).sub_(x0_then, alpha=rise * r)
         before = now, p.x0
     return x

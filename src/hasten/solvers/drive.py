@@ -11,7 +11,8 @@ from hasten.solvers.declare import Solver
 
 
 def solve(solver: Solver, denoise: Denoiser, x: Tensor, grid: Grid) -> Tensor:
-    """The sample, [B, ...], that `solver` reaches from `x` at grid.nodes[0]; `denoise` is asked at every node it visits."""
+    """The sample, [B, ...], that `solver` reaches from `x` at grid.nodes[0]; `denoise` is asked at every node it
+    visits."""
     steps = solver(x, grid)
     query = next(steps)
     while True:

@@ -12,15 +12,15 @@ from hasten.solvers.declare import Steps, solver
 def heun(x: Tensor, grid: Grid) -> Steps:
     """Second order, two calls a step (one in the last, which ends clean). Karras et al. 2022, arXiv:2206.00364 alg. 1.
 
-    The ODE is dx = x0 d(alpha) + eps d(sigma); both integrands are averaged over the step, which needs no division by alpha or
-    sigma and so runs from pure noise. The first half of a step is DDIM's.
+    The ODE is dx = x0 d(alpha) + eps d(sigma); both integrands are averaged over the step, which needs no division by
+    alpha or sigma and so runs from pure noise. The first half of a step is DDIM's.
     """
     for now, after in grid.steps():
         p = yield x, now
-        ahead = after.alpha * p.x0 + after.sigma * p.eps
+        ahead = p.mix(x0=after.alpha, eps=after.sigma)
         if after.clean:
             return ahead
         q = yield ahead, after
         da, ds = after.alpha - now.alpha, after.sigma - now.sigma
-        x = q.x + (da * (q.x0 - p.x0) + ds * (q.eps - p.eps)) / 2
+        x = q.mix(x0=da / 2, eps=ds / 2, x=1) - p.mix(x0=da / 2, eps=ds / 2)
     return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import expm1, isinf
 
+import torch
 from torch import Tensor
 
 from hasten.grid import Grid, Node
@@ -14,31 +15,29 @@ from hasten.solvers.declare import Steps, solver
 def unipc(x: Tensor, grid: Grid) -> Steps:
     """Third order, one call a step: UniPC-2 in x0 with B(h) = e^h - 1. Zhao et al. 2023, arXiv:2302.04867 alg. 5-8.
 
-    Predictor of order two from the last two x0, then, once the network has been asked at the predicted state, a corrector of
-    order three from the same two and the new one. First order from pure noise, where h is infinite. An edit of the latents
-    between steps is added to the corrected state.
+    Predictor of order two from the last two x0, then, once the network has been asked at the predicted state, a
+    corrector of order three from the same two and the new one. First order from pure noise, where h is infinite. An
+    edit of the latents between steps is added to the corrected state.
     """
     before: tuple[Node, Tensor] | None = None
     base: tuple[Tensor, Node, Tensor] | None = None  # state, node and x0 that the last step started from
     for now, after in grid.steps():
         p = yield x, now
-        state = p.x
+        x0, state = p.x0, p.x
         if base is not None and not isinf(base[1].lam):
-            state = p.x + _corrected(*base, before, now, p.x0) - x
+            corrected = _corrected(*base, before, now, x0)
+            state = corrected if p.x is x else corrected + (p.x - x)
         if after.clean:
-            return after.alpha * p.x0
-        ahead = _first_order(state, now, after, p.x0)
-        if base is not None and not isinf(base[1].lam):
-            h, back = after.lam - now.lam, base[1].lam - now.lam
-            ahead = ahead - after.alpha * expm1(-h) / 2 * h / back * (base[2] - p.x0)
+            return after.alpha * x0
+        gain, rise = after.sigma / now.sigma, -after.alpha * expm1(now.lam - after.lam)
+        if base is None or isinf(base[1].lam):
+            ahead = torch.mul(state, gain).add_(x0, alpha=rise)
+        else:
+            r = (after.lam - now.lam) / (now.lam - base[1].lam) / 2  # x0 + r (x0 - x0_then): half a step ahead
+            ahead = torch.mul(state, gain).add_(x0, alpha=rise * (1 + r)).sub_(base[2], alpha=rise * r)
         before = None if base is None else (base[1], base[2])
-        base, x = (state, now, p.x0), ahead
+        base, x = (state, now, x0), ahead
     return x
-
-
-def _first_order(x: Tensor, now: Node, after: Node, x0: Tensor) -> Tensor:
-    """Exact where x0 does not change: eq. 3 of the paper with one term."""
-    return after.sigma / now.sigma * x - after.alpha * expm1(-(after.lam - now.lam)) * x0
 
 
 def _corrected(
@@ -47,14 +46,17 @@ def _corrected(
     """UniC from `then` to `now`: eq. 5 with the points before, then and now; without `before`, with two."""
     h = now.lam - then.lam
     rise = expm1(-h)
-    state = _first_order(x, then, now, x0_then)
+    pull = -now.alpha * rise  # of x0, were it constant: eq. 3
     if before is None or isinf(before[0].lam):
-        return state - now.alpha * rise / 2 * (x0_now - x0_then)
-    r = (before[0].lam - then.lam) / h
-    # sum_k rho_k r_k^(n-1) = n! phi_(n+1)(-h) / B(h) for n = 1, 2 with r_2 = 1; B(h) = e^-h - 1
-    phi_2 = rise / -h - 1
-    b_1, b_2 = phi_2 / rise, 2 * (phi_2 / -h - 1 / 2) / rise
-    rho_1 = (b_1 - b_2) / (1 - r)
-    rho_2 = b_1 - rho_1
-    slope = (before[1] - x0_then) / r
-    return state - now.alpha * rise * (rho_1 * slope + rho_2 * (x0_now - x0_then))
+        rho_1, rho_2, r = 0.0, 1 / 2, 1.0
+    else:
+        r = (before[0].lam - then.lam) / h
+        # sum_k rho_k r_k^(n-1) = n! phi_(n+1)(-h) / B(h) for n = 1, 2 with r_2 = 1; B(h) = e^-h - 1
+        phi_2 = rise / -h - 1
+        b_1, b_2 = phi_2 / rise, 2 * (phi_2 / -h - 1 / 2) / rise
+        rho_1 = (b_1 - b_2) / (1 - r)
+        rho_2 = b_1 - rho_1
+    # x sigma' / sigma + pull (x0_then + rho_1 (x0_before - x0_then) / r + rho_2 (x0_now - x0_then))
+    state = torch.mul(x, now.sigma / then.sigma).add_(x0_then, alpha=pull * (1 - rho_1 / r - rho_2))
+    state.add_(x0_now, alpha=pull * rho_2)
+    return state if rho_1 == 0 or before is None else state.add_(before[1], alpha=pull * rho_1 / r)

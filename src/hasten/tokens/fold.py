@@ -19,10 +19,10 @@ from hasten.tokens.joint import BiasedJointAttention
 class Fold(Method):
     """One context token in the place of n equal ones at the end, with ln n added to the logits of its key.
 
-    Stable Diffusion 3 without its T5 encoder carries 256 zero tokens through every block. Equal tokens without positions stay
-    equal, and attention to n equal keys is attention to one of weight n: softmax gives n e^s = e^(s + ln n). So the output is the
-    same up to rounding, at the cost of the tokens left. Where nothing repeats, nothing changes. Only for the joint attention of
-    SD3, whose context has no positions.
+    Stable Diffusion 3 without its T5 encoder carries 256 zero tokens through every block. Equal tokens without
+    positions stay equal, and attention to n equal keys is attention to one of weight n: softmax gives n e^s = e^(s +
+    ln n). So the output is the same up to rounding, at the cost of the tokens left. Where nothing repeats, nothing
+    changes. Only for the joint attention of SD3, whose context has no positions.
     """
 
     stage: ClassVar = Stage.TOKENS

@@ -17,7 +17,9 @@ class Ema:
 
     def __init__(self, nets: Mapping[str, nn.Module], decay: float) -> None:
         self.decay, self.count = decay, 0
-        self.values = {f"{k}/{n}": p.detach().clone() for k, net in nets.items() for n, p in net.named_parameters()}
+        self.values: dict[str, Tensor] = {
+            f"{k}/{n}": p.detach().clone() for k, net in nets.items() for n, p in net.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, nets: Mapping[str, nn.Module]) -> None:
@@ -38,4 +40,4 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = int(state["count"])
-        self.values: dict[str, Tensor] = {k: v for k, v in state.items() if k != "count"}
+        self.values = {k: v for k, v in state.items() if k != "count"}

@@ -85,8 +85,13 @@ def train(
 
 
 def _move(
-    accelerator: Accelerator, loss: Callable, nets: dict, data: Batch, rng: torch.Generator,
-    movers: Sequence[Optimizer], clip: float,
+    accelerator: Accelerator,
+    loss: Callable,
+    nets: dict,
+    data: Batch,
+    rng: torch.Generator,
+    movers: Sequence[Optimizer],
+    clip: float,
 ) -> torch.Tensor:
     with accelerator.autocast():
         value = loss(nets, data, rng)
@@ -132,4 +137,8 @@ def _resume(accelerator: Accelerator, folder: Path) -> int:
 
 
 def _progress() -> Progress:
-    return Progress(*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"))
+    return Progress(
+        *Progress.get_default_columns()[:3],
+        TimeRemainingColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+    )

@@ -27,9 +27,7 @@ def muon(
     the rest: norms, modulations, embeddings, biases.
     """
     named = [(n, p) for net in nets for n, p in net.named_parameters() if p.requires_grad]
-    inner = [
-        p for n, p in named if p.ndim == 2 and any(a in n for a in among) and not any(a in n for a in apart)
-    ]
+    inner = [p for n, p in named if p.ndim == 2 and any(a in n for a in among) and not any(a in n for a in apart)]
     inside = {id(p) for p in inner}
     outer = [p for _, p in named if id(p) not in inside]
     adam = torch.optim.AdamW(outer, rate, (0.9, 0.99), weight_decay=0.0)
@@ -37,6 +35,7 @@ def muon(
 
 
 def trapezoid(until: int, warmup: int, decay: float = 0.25) -> Callable[[int], float]:
-    """Rate factor of a step: up over `warmup` steps, flat, then linearly to 0 over the last share `decay` of `until`."""
+    """Rate factor of a step: up over `warmup` steps, flat, then linearly to 0 over the last share `decay` of
+    `until`."""
     fall = max(1, int(until * decay))
     return lambda step: max(0.0, min((step + 1) / warmup, 1.0, (until - step) / fall))

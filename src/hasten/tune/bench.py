@@ -56,7 +56,9 @@ def bench(
             slow_seconds: list[float] = []
             fast_seconds: list[float] = []
             paired = compare(
-                _once(pipe, task, slow_watch, slow_seconds, tick), _once(fast, task, fast_watch, fast_seconds, tick), pairs
+                _once(pipe, task, slow_watch, slow_seconds, tick),
+                _once(fast, task, fast_watch, fast_seconds, tick),
+                pairs,
             )
             made = drawn(fast, task.prompts, task.seeds, features, 1, tick)
             one = (task.prompts[:1], task.seeds[:1])
@@ -103,8 +105,8 @@ def _once(pipe: Any, task: Task, watch: Stopwatch, seconds: list[float], tick: T
 
 
 def _flops(pipe: Any, recipe: Recipe, one: tuple[Any, Any]) -> int | None:
-    """Of a picture, counted without what the counter can't see through: compilation leaves the operations as they are, int8
-    products are unknown to it (None)."""
+    """Of a picture, counted without what the counter can't see through: compilation leaves the operations as they
+    are, int8 products are unknown to it (None)."""
     if any(Part.LINEARS in m.writes for m in recipe.methods):
         return None
     seen = recipe.model_copy(update={"methods": tuple(m for m in recipe.methods if Part.GRAPH not in m.writes)})

@@ -32,7 +32,9 @@ def show(outcome: Outcome, wanted: Wanted, console: Console) -> None:
     for label, why in outcome.refused.items():
         console.print(f"[dim]not tried: {label}: {why}[/]", highlight=False)
     if outcome.winner is None:
-        console.print(f"nothing beat the untouched pipeline at quality {wanted.quality}: keep it as it is, or lower --quality")
+        console.print(
+            f"nothing beat the untouched pipeline at quality {wanted.quality}: keep it as it is, or lower --quality"
+        )
         return
     report = outcome.winner.report
     console.print("[bold]chosen[/], measured on prompts and seeds that were not searched on:")
@@ -53,21 +55,26 @@ def write(outcome: Outcome, wanted: Wanted, out: Path, console: Console) -> None
     recipe.save(out / "recipe.yaml", comment)
     report.write(out / "report.json")
     sheet = contact_sheet(
-        [("untouched", pictures(outcome.plain[0].pictures[:SHOWN])), ("tuned", pictures(outcome.winner.recipe_pictures[:SHOWN]))],
+        [
+            ("untouched", pictures(outcome.plain[0].pictures[:SHOWN])),
+            ("tuned", pictures(outcome.winner.recipe_pictures[:SHOWN])),
+        ],
         list(outcome.task.prompts[:SHOWN]), out / "contact-sheet.png",
     )  # fmt: skip
     plot = pareto(*_points(outcome), out / "pareto.png")
-    write_text_atomically(out / "report.html", html(report, {"Same prompts and seeds": sheet, "Every recipe tried": plot}))
+    write_text_atomically(
+        out / "report.html", html(report, {"Same prompts and seeds": sheet, "Every recipe tried": plot})
+    )
     for name in ("recipe.yaml", "report.json", "report.html", "contact-sheet.png"):
         console.print(f"wrote {out / name}", highlight=False)
 
 
-def _points(outcome: Outcome) -> tuple[list[Point], Point]:
+def _points(outcome: Outcome) -> tuple[list[Point], str]:
     assert outcome.winner is not None
     report = outcome.winner.report
-    plain = Point("untouched", report.untouched.denoising_seconds.median, 1.0)
+    plain = Point("untouched", report.untouched.denoising_seconds.median, 1.0, untouched=True)
     chosen = Point("chosen", report.tuned.denoising_seconds.median, report.quality.value)
-    return [plain, *(Point(headline(t), t.seconds, t.quality) for t in outcome.trials), chosen], chosen
+    return [plain, *(Point(headline(t), t.seconds, t.quality) for t in outcome.trials), chosen], chosen.name
 
 
 def pictures(images_BCHW: Tensor) -> list[Image.Image]:
@@ -79,8 +86,9 @@ def pictures(images_BCHW: Tensor) -> list[Image.Image]:
 def plan(pipe: Any, model: str, search: Sequence[str], proof: Sequence[str], trials: int, budget: float | None) -> str:
     """What a run would do, in words; tries nothing but whether each method can be applied."""
     net = next(iter(networks(pipe).values()))
+    size = sum(p.numel() for p in net.parameters()) / 1e6
     lines = [
-        f"{model}: {type(pipe).__name__}, {type(net).__name__} of {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters",
+        f"{model}: {type(pipe).__name__}, {type(net).__name__} of {size:.1f} M parameters",
         f"search on {len(search)} prompts, at most {trials} recipes" + (f", {budget:g} s in all" if budget else ""),
         f"prove on {len(proof)} other prompts",
         f"solvers: {', '.join(tree.functions('solvers'))}",

@@ -69,9 +69,15 @@ class Search:
         return True
 
     def run(
-        self, journal: Path, trials: int, seconds: float | None, seed: int, told: Callable[[optuna.Study, FrozenTrial], None]
+        self,
+        journal: Path,
+        trials: int,
+        seconds: float | None,
+        seed: int,
+        told: Callable[[optuna.Study, FrozenTrial], None],
     ) -> optuna.Study:
-        """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` included, within `seconds`."""
+        """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` included, within
+        `seconds`."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
             study_name="hasten", directions=["maximize", "maximize"], load_if_exists=True,
@@ -132,5 +138,7 @@ class Search:
 def found(study: optuna.Study) -> list[Found]:
     """The trials that ended, fastest first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    read = [Found(Recipe.from_dict(t.user_attrs["recipe"]), t.values[0], t.user_attrs["seconds"], t.values[1]) for t in done]
+    read = [
+        Found(Recipe.from_dict(t.user_attrs["recipe"]), t.values[0], t.user_attrs["seconds"], t.values[1]) for t in done
+    ]
     return sorted(read, key=lambda f: -f.speedup)

@@ -21,8 +21,8 @@ class Trial(Protocol):
 
 
 def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) -> Recipe:
-    """One recipe. A method is offered only while it composes with those chosen before it, so no combination that conflicts is
-    ever tried.
+    """One recipe. A method is offered only while it composes with those chosen before it, so no combination that
+    conflicts is ever tried.
 
     Args:
         labels: methods that can be applied to this network, as found by trying.
@@ -46,7 +46,10 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
                 fields["low"], fields["high"] = sorted((fields["low"], fields["high"]))
             chosen.append(kind(**fields))
     return Recipe(
-        solver=name, grid={grid: settings} if settings else grid, steps=max(1, calls // solver.calls), methods=tuple(chosen)
+        solver=name,
+        grid={grid: settings} if settings else grid,
+        steps=max(1, calls // solver.calls),
+        methods=tuple(chosen),
     )
 
 
@@ -71,7 +74,8 @@ def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | N
 
 
 def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
-    """(low, high, log) of a field: its ge/gt and le/lt, narrowed for searching by json_schema_extra's low, high and log."""
+    """(low, high, log) of a field: its ge/gt and le/lt, narrowed for searching by json_schema_extra's low, high and
+    log."""
     low = high = None
     for m in field.metadata if field is not None else ():
         low = next((v for n in ("ge", "gt") if (v := getattr(m, n, None)) is not None), low)

@@ -59,8 +59,8 @@ def drawn(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], features: Fea
 def untouched(
     pipe: Any, task: Task, features: Features, batch: int, tick: Tick, keep: Path | None = None
 ) -> tuple[Drawn, Drawn]:
-    """What the untouched pipeline makes of the task: with the shared seeds, and with the others. Where `keep` is given it is
-    kept there, and read back by a run that is resumed; a file of another task or broken is drawn anew."""
+    """What the untouched pipeline makes of the task: with the shared seeds, and with the others. Where `keep` is
+    given it is kept there, and read back by a run that is resumed; a file of another task or broken is drawn anew."""
     if keep is not None and keep.exists():
         try:
             t = load_file(keep)

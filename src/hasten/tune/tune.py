@@ -1,4 +1,5 @@
-"""The main job: find the fastest recipe that holds a quality, and prove it on prompts and seeds that were not searched on."""
+"""The main job: find the fastest recipe that holds a quality, and prove it on prompts and seeds that were not
+searched on."""
 
 from __future__ import annotations
 
@@ -70,12 +71,17 @@ def halves(prompts: Sequence[str], search: int, verify: int) -> tuple[tuple[str,
     """
     different = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
     if len(different) < 12:
-        raise ValueError(f"{len(different)} different prompts are too few to measure quality; give 12 or more, one a line")
+        raise ValueError(
+            f"{len(different)} different prompts are too few to measure quality; give 12 or more, one a line"
+        )
     return tuple(different[::3][:search]), tuple(p for i, p in enumerate(different) if i % 3)[:verify]
 
 
-def tune(pipe: Any, name: str, wanted: Wanted, out: Path, console: Console, features: Features | None = None) -> Outcome:
-    """Measures the untouched pipeline, searches, proves. State is kept in `out`/state, so that an interrupted run goes on."""
+def tune(
+    pipe: Any, name: str, wanted: Wanted, out: Path, console: Console, features: Features | None = None
+) -> Outcome:
+    """Measures the untouched pipeline, searches, proves. State is kept in `out`/state, so that an interrupted run
+    goes on."""
     import time
 
     began = time.monotonic()
@@ -89,8 +95,12 @@ def tune(pipe: Any, name: str, wanted: Wanted, out: Path, console: Console, feat
         return None if wanted.budget_seconds is None else wanted.budget_seconds - (time.monotonic() - began)
 
     with _progress(console) as bar:
-        plain = _untouched(bar, "untouched, search", pipe, search_task, features, wanted.batch, state / "search.safetensors")
-        proof = _untouched(bar, "untouched, proof", pipe, proof_task, features, wanted.batch, state / "proof.safetensors")
+        plain = _untouched(
+            bar, "untouched, search", pipe, search_task, features, wanted.batch, state / "search.safetensors"
+        )
+        proof = _untouched(
+            bar, "untouched, proof", pipe, proof_task, features, wanted.batch, state / "proof.safetensors"
+        )
         search = Search(pipe, search_task, plain, features, wanted.quality)
         trials = _searched(bar, search, wanted, state / "trials.journal", left, proof_cost=3 * len(wanted.verify))
         outcome = Outcome(None, proof, proof_task, trials, refused=search.refused)
@@ -124,7 +134,8 @@ def _prove(
         why = f"slower than predicted: {report.denoising} where the search saw {candidate.speedup:.1f}x"
         outcome.rejected.append((headline(candidate), why))
     elif value < wanted.quality:
-        why = f"quality {report.quality} on new prompts and seeds, below {wanted.quality}; {candidate.quality:.3f} in the search"
+        why = f"quality {report.quality} on new prompts and seeds, below {wanted.quality}"
+        why += f"; {candidate.quality:.3f} in the search"
         outcome.rejected.append((headline(candidate), why))
     else:
         outcome.winner = benched
@@ -155,7 +166,9 @@ def _searched(
     reserve = 0.0 if wanted.budget_seconds is None else 0.25 * wanted.budget_seconds
     rest = left()
     seconds = None if rest is None else max(1.0, rest - reserve)
-    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):  # every trial may be a new shape
+    with torch._dynamo.config.patch(
+        recompile_limit=256, accumulated_recompile_limit=4096
+    ):  # every trial may be a new shape
         study = search.run(journal, wanted.trials, seconds, wanted.seed, told)
     return found(study)
 

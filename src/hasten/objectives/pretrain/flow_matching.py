@@ -16,9 +16,9 @@ systems: tuple[str, ...] = ("flow-matching", "rectified-flow")
 class FlowMatching:
     """Conditional flow matching on x_t = (1 - t) x0 + t eps: E |v(x_t, t) - (eps - x0)|^2.
 
-    Lipman et al. 2022, arXiv:2210.02747 eq. 9 and 23; times are logit-normal, Esser et al. 2024, arXiv:2403.03206 eq. 19.
-    At a law with a known velocity the loss is smallest at that velocity; where x0 is a function of x_t (one data point)
-    it is zero there.
+    Lipman et al. 2022, arXiv:2210.02747 eq. 9 and 23; times are logit-normal, Esser et al. 2024, arXiv:2403.03206 eq.
+    19. At a law with a known velocity the loss is smallest at that velocity; where x0 is a function of x_t (one data
+    point) it is zero there.
 
     Attributes:
         location, scale: of the normal whose sigmoid the time is.
