@@ -44,6 +44,8 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
 
 
 def recipe(label: str, **settings: Any) -> Recipe:
+    if label == "quant.w8a8":
+        settings = {"smallest": 8} | settings  # the tiny networks have no layer of its default
     return Recipe.from_dict({"methods": [{label: settings}]})
 
 
@@ -99,7 +101,7 @@ def test_acts_and_is_deterministic(label: str, family: Family) -> None:
         assert all(patch.sites for _, patch in handle.patches if _ != "scheduler")
     if label == "tokens.fold":
         assert (one - before).abs().max() < 1e-5 * before.abs().max()
-    elif label != "quant.w8a8":
+    else:
         assert not torch.equal(one, before)
 
 

@@ -96,11 +96,11 @@ def test_a_recipe_that_gives_nan_is_marked_failed_and_the_search_goes_on(
 ) -> None:
     whole, seen = search.Search._quality, []
 
-    def broken(self: Any) -> Any:
+    def broken(self: Any, *args: Any) -> Any:
         seen.append(1)
         if len(seen) == 1:
             raise NotFinite("the pictures hold NaN or infinity")
-        return whole(self)
+        return whole(self, *args)
 
     monkeypatch.setattr(search.Search, "_quality", broken)
     outcome = tune.tune(tiny(), "tiny", wanted(3), tmp_path, quietly(), Pixels())

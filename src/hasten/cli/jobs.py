@@ -43,7 +43,7 @@ def tune(
     console = Console()
     given = read_prompts(prompts) if prompts else default_prompts(model)
     try:
-        search, proof = tuning.halves(given, 24, 48)
+        search, proof = tuning.halves(given, 12, 24)
     except ValueError as error:
         raise UserError(str(error)) from None
     pipe = load(model, device)

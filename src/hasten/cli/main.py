@@ -65,7 +65,7 @@ def bench(
     recipe: Annotated[Path, typer.Option("--recipe", help="a recipe, YAML")],
     pairs: Annotated[int, typer.Option(min=1, help="interleaved pairs of untouched and recipe")] = 10,
     prompts: Prompts = None,
-    count: Annotated[int, typer.Option(min=12, help="prompts to measure quality on")] = 32,
+    count: Annotated[int, typer.Option(min=12, help="prompts to measure quality on")] = 36,
     seed: Annotated[int, typer.Option(min=0, help="of the pictures")] = 0,
     out: Annotated[Path | None, typer.Option(help="where the report goes, JSON")] = None,
     device: Device = None,

@@ -31,8 +31,12 @@ class BF16(Method):
             wide = [
                 p for n, p in model.named_parameters() if p.dtype in WIDE and not any(k in n.split(".") for k in kept)
             ]
+            before = wide[0].dtype if wide else torch.float32
             patch.park(wide, torch.bfloat16)
             patch.wrap(model, _at_border)
+            if wide and isinstance(getattr(type(model), "dtype", None), property):
+                # pipelines make latents and embeddings in the network's dtype: those stay as precise as they were
+                patch.extend(model, {"dtype": property(lambda self, kept=before: kept)})
             return patch.keep()
 
 

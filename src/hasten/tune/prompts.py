@@ -31,7 +31,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def default_prompts(model: str) -> list[str]:
-    """72 prompts: of what an embedded model knows, else of everyday things."""
+    """36 prompts: of what an embedded model knows, else of everyday things."""
     if model in reference.NAMES:
-        return reference.prompts(model, 72)
-    return files(__package__).joinpath("prompts.txt").read_text(encoding="utf-8").split("\n")[:72]
+        return reference.prompts(model, 36)
+    return files(__package__).joinpath("prompts.txt").read_text(encoding="utf-8").split("\n")[:36]

@@ -85,10 +85,13 @@ def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
 
 
 def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
-    """Where the search begins: plain good sense, from careful to bold, as parameters for `suggest`."""
+    """Where the search begins: plain good sense, as parameters for `suggest`."""
     sure = {label: label in labels and label.split(".")[0] in ("runtime", "tokens") for label in labels}
     found = []
-    for share, solver in ((0.5, "dpmpp_2m"), (0.3, "dpmpp_2m"), (0.3, "unipc"), (0.2, "dpmpp_2m")):
+    for share, solver in ((0.3, "dpmpp_2m"), (0.22, "dpmpp_2m"), (0.3, "unipc"), (0.5, "dpmpp_2m")):
         calls = max(4, round(most_steps * share))
         found.append({"solver": solver, "grid": "uniform", "calls": calls, **sure})
+    if "guidance.interval" in labels:
+        branch = {"guidance.interval": True, "guidance.interval.low": 0.2, "guidance.interval.high": 0.95}
+        found.insert(2, found[0] | branch)
     return found

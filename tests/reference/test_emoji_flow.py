@@ -1,0 +1,93 @@
+"""The embedded pipeline: plain diffusers loads it, its data is what it says, its parts are as good as claimed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hasten
+from hasten import Recipe, reference
+from hasten.bridge.drawing import draw, quiet
+from hasten.reference import emoji
+from hasten.reference.training import psnr
+
+
+def test_data_is_whole_and_named() -> None:
+    pictures, entries = emoji.pictures(), emoji.entries()
+    assert len(pictures) == len(entries) == 3786
+    white = (pictures.flatten(1) == 255).all(1).sum()
+    assert white == 0
+    assert sum(bool(e.tone) for e in entries) == 1875
+    by_name = {n: e for e in entries for n in e.names()}
+    for name in ("red apple", "pizza", "rocket", "flag: japan", "sunflower", "dog face", "dog"):
+        assert name in by_name, name
+    assert emoji.weights().sum() == pytest.approx(1911 + 1875 / 6)
+    data = Path(emoji.__file__).parent / "data"
+    assert sum(f.stat().st_size for f in data.iterdir()) < 12e6
+
+
+def test_captions_are_drawn_from_a_generator_alone() -> None:
+    entry = next(e for e in emoji.entries() if e.tone == "dark")
+    a, b = ([entry.caption(torch.Generator().manual_seed(s)) for s in range(40)] for _ in range(2))
+    assert a == b
+    assert len(set(a)) > 5
+    assert all("dark skin" in c for c in a)
+
+
+def test_plain_diffusers_loads_it_without_hasten() -> None:
+    code = (
+        "import sys, torch; from diffusers import StableDiffusion3Pipeline;"
+        f"p = StableDiffusion3Pipeline.from_pretrained({str(reference.folder('emoji-flow'))!r});"
+        "assert 'hasten' not in sys.modules; assert p.transformer.dtype == p.text_encoder.dtype == torch.float32;"
+        "i = p('a red apple', num_inference_steps=2).images[0]; assert i.size == (64, 64)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_weights_are_small_and_safe() -> None:
+    files = [f for f in reference.folder("emoji-flow").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 32e6
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+
+
+def test_autoencoder_gives_pictures_back() -> None:
+    """30 dB over every picture, and latents of about unit scale."""
+    vae = reference.pipeline("emoji-flow").vae
+    x = emoji.pictures()[::20].float() / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encoder(x)
+        assert psnr(vae.decoder(z), x) > 30
+    assert float((z.std((0, 2, 3)) - 1).abs().max()) < 0.1
+
+
+@pytest.mark.system("sd3", "rectified-flow")
+def test_folding_its_256_zero_tokens_changes_nothing_but_rounding() -> None:
+    pipe = quiet(reference.pipeline("emoji-flow"))
+    prompts, seeds = ["a red apple", "grinning face"], [1, 2]
+    plain = torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=4)))
+    with hasten.accelerate(pipe, Recipe.from_dict({"methods": ["tokens.fold"]})) as handle:
+        folded = torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=4)))
+        assert "tokens folded 1020" in str(handle)
+    assert (folded - plain).abs().max() < 1e-3
+    assert torch.equal(torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=4))), plain)
+
+
+def test_it_follows_its_prompts() -> None:
+    """Pictures of a prompt are nearer, in features of an ImageNet network, to the emoji of that name than to others."""
+    from hasten.measure.features import efficientnet_lite0
+    from hasten.measure.fidelity import feature_distances
+
+    pipe = quiet(reference.pipeline("emoji-flow"))
+    wanted = ["grinning face", "heart with ribbon", "ninja", "flag: france", "rainbow", "pensive face", "student", "flag: germany"]
+    where = {n: i for i, e in reversed(list(enumerate(emoji.entries()))) for n in e.names() if not e.tone}
+    features = efficientnet_lite0()
+    made = features(torch.cat(list(draw(pipe, wanted, [0] * len(wanted), 8, num_inference_steps=10))))
+    truth = features(emoji.pictures()[[where[w] for w in wanted]].float() / 255)
+    apart = feature_distances(made, truth)
+    own = apart.diagonal()
+    assert float((own < (apart.sum(1) - own) / (len(wanted) - 1)).float().mean()) >= 0.75
