@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline.py [recipe.yaml]
 
-Untouched: float32, 28 steps, guidance on. Four rows from one run: the recipe; the recipe without `tokens.fold`, which spares
-work that only a pipeline without T5 has; and bf16 + compile alone with and without `quant.w8a8`. Writes
+Untouched: float32, 28 steps, guidance on. Four rows from one run: the recipe; the recipe without `tokens.fold`, which
+spares work that only a pipeline without T5 has; and bf16 + compile alone with and without `quant.w8a8`. Writes
 benchmarks/results/pipeline.json.
 """
 

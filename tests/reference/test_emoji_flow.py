@@ -83,7 +83,16 @@ def test_it_follows_its_prompts() -> None:
     from hasten.measure.fidelity import feature_distances
 
     pipe = quiet(reference.pipeline("emoji-flow"))
-    wanted = ["grinning face", "heart with ribbon", "ninja", "flag: france", "rainbow", "pensive face", "student", "flag: germany"]
+    wanted = [
+        "grinning face",
+        "heart with ribbon",
+        "ninja",
+        "flag: france",
+        "rainbow",
+        "pensive face",
+        "student",
+        "flag: germany",
+    ]
     where = {n: i for i, e in reversed(list(enumerate(emoji.entries()))) for n in e.names() if not e.tone}
     features = efficientnet_lite0()
     made = features(torch.cat(list(draw(pipe, wanted, [0] * len(wanted), 8, num_inference_steps=10))))

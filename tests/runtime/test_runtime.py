@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, Family
 
 import hasten
+from families import FAMILIES, Family
 from hasten import Recipe
 from hasten.method import Refused
 from hasten.runtime.compile import _compiler_or_refuse
@@ -28,7 +28,7 @@ def test_bf16_is_near_and_keeps_the_callers_precision(family: Family) -> None:
 
 
 def test_compiled_blocks_give_the_same_sample_and_go_without_a_trace() -> None:
-    """With a cache outside the compiled blocks and bf16 inside: as the same without compilation, and exact after removal."""
+    """With a cache outside the compiled blocks: as the same without compilation, and exact after removal."""
     torch._dynamo.reset()
     pipe = SD3.build()
     plain = SD3.call(pipe)

@@ -143,10 +143,11 @@ def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         part.to("cpu", torch.float16)
     folders.write(pipe, folder)
-    for name in (
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-    ):  # transformers would load what the config says, or what is stored
-        file = folder / name / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where it was trained is nobody's business
+        if file.parent.name == "vae":
+            config.pop("block_out_channels", None)  # set again by the class itself, which warns of it
+        if "text_encoder" in file.parent.name:  # transformers would load what the config says, or what is stored
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")

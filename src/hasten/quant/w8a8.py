@@ -90,7 +90,7 @@ class W8A8(Method):
     systems: ClassVar = ("w8a8",)
 
     activations: Activations = "token"
-    smallest: int = Field(256, ge=1, le=65536)
+    smallest: int = Field(256, ge=1, le=65536, json_schema_extra={"low": 64, "high": 256, "log": True})
 
     def apply(self, model: nn.Module) -> Patch:
         """Raises Refused on a device without fast int8, and where no layer is large enough."""

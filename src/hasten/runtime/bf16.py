@@ -36,7 +36,7 @@ class BF16(Method):
             patch.wrap(model, _at_border)
             if wide and isinstance(getattr(type(model), "dtype", None), property):
                 # pipelines make latents and embeddings in the network's dtype: those stay as precise as they were
-                patch.extend(model, {"dtype": property(lambda self, kept=before: kept)})
+                patch.extend(model, {"dtype": property(lambda _: before)})
             return patch.keep()
 
 

@@ -77,7 +77,7 @@ class Search:
     ) -> optuna.Study:
         """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` included, within
         `seconds`."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial is marked, and the search goes on
         study = optuna.create_study(
             study_name="hasten", directions=["maximize", "maximize"], load_if_exists=True,
             storage=JournalStorage(JournalFileBackend(str(journal))),

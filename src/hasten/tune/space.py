@@ -88,10 +88,17 @@ def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
     """Where the search begins: plain good sense, as parameters for `suggest`."""
     sure = {label: label in labels and label.split(".")[0] in ("runtime", "tokens") for label in labels}
     found = []
-    for share, solver in ((0.3, "dpmpp_2m"), (0.22, "dpmpp_2m"), (0.3, "unipc"), (0.5, "dpmpp_2m")):
-        calls = max(4, round(most_steps * share))
-        found.append({"solver": solver, "grid": "uniform", "calls": calls, **sure})
-    if "guidance.interval" in labels:
-        branch = {"guidance.interval": True, "guidance.interval.low": 0.2, "guidance.interval.high": 0.95}
-        found.insert(2, found[0] | branch)
+    plain: dict[str, Any] = {"grid": "uniform"}
+    shifted: dict[str, Any] = {"grid": "shifted", "grid.shifted.shift": 2.0}
+    half = {"guidance.interval": True, "guidance.interval.low": 0.15, "guidance.interval.high": 0.95}
+    half = half if "guidance.interval" in labels else {}
+    for share, solver, more in (
+        (0.3, "dpmpp_2m", shifted),
+        (0.3, "dpmpp_2m", shifted | half),
+        (0.4, "dpmpp_2m", plain | half),
+        (0.3, "unipc", shifted),
+        (0.36, "ipndm", shifted | half),
+        (0.5, "dpmpp_2m", plain),
+    ):
+        found.append({"solver": solver, "calls": max(4, round(most_steps * share)), **sure, **more})
     return found

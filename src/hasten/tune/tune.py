@@ -25,6 +25,10 @@ SLACK = 0.85
 """Share of the search's speed-up that must be there again when it is verified; less is "slower than predicted"."""
 
 
+STRIDE = 1.25
+"""Where the proof turned a recipe down, the next to prove is slower by this at least: one as fast is as doubtful."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a user asks of `tune`.
@@ -104,14 +108,18 @@ def tune(
         search = Search(pipe, search_task, plain, features, wanted.quality)
         trials = _searched(bar, search, wanted, state / "trials.journal", left, proof_cost=3 * len(wanted.verify))
         outcome = Outcome(None, proof, proof_task, trials, refused=search.refused)
+        turned_down = math.inf
         for candidate in candidates(trials, wanted.quality):
+            if candidate.speedup > turned_down / STRIDE:
+                continue
             _prove(bar, pipe, name, candidate, wanted, outcome, features)
             if outcome.winner is not None:
                 break
+            turned_down = candidate.speedup
     return outcome
 
 
-def candidates(trials: Sequence[Found], floor: float, most: int = 4) -> list[Found]:
+def candidates(trials: Sequence[Found], floor: float, most: int = 12) -> list[Found]:
     """Those that held the floor and beat the untouched pipeline in the search, fastest first; alike recipes once."""
     good = [t for t in trials if t.quality >= floor and t.speedup > 1]
     return good[:most]
