@@ -44,8 +44,8 @@ def main() -> None:
                 pipe, recipe, task, plain, features, "emoji-flow", pairs=6, tick=lambda n: bar.advance(line, n)
             ).report
             kept[name] = report.to_dict()
+            (HERE / "results" / "pipeline.json").write_text(json.dumps(kept, indent=1) + "\n")
             bar.console.print(f"{name}: denoising {report.denoising}, quality {report.quality}")
-    (HERE / "results" / "pipeline.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -90,3 +90,14 @@ def test_compiled_code_is_seen_too(monkeypatch):
         # in eager code three are live (the product, its sine, the exponential); compiled code fuses the last two
         assert peak(lambda: wave(x), []).activations >= 2 * 400 * 400 * 4
         assert peak(lambda: compiled(x), []).activations == pytest.approx(2 * 400 * 400 * 4, abs=256)
+
+
+def test_weights_packed_for_int8_are_counted_at_a_byte_each() -> None:
+    from hasten.method import Refused
+    from hasten.quant.w8a8 import Int8Linear
+
+    try:
+        packed = Int8Linear(nn.Linear(512, 256, bias=False))
+    except Refused as refused:
+        pytest.skip(f"no int8 here: {refused}")
+    assert 512 * 256 <= weight_bytes([packed]) <= 512 * 256 * 1.1

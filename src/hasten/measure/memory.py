@@ -49,10 +49,12 @@ def peak(call: Callable[[], object], modules: Iterable[nn.Module]) -> Peak:
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of the parameters and buffers of `modules`, each storage once however many tensors share it; a view counts
     its whole storage, which is what it keeps alive. Tensors on `meta` hold nothing."""
-    storages = {}
+    storages: dict[tuple[object, int], int] = {}
     for module in modules:
         for tensor in _tensors(module):
-            if tensor.device.type != "meta":
+            if tensor.layout is torch._mkldnn:  # packed by oneDNN: it has no storage to ask, and shares none
+                storages["packed", id(tensor)] = tensor.numel() * tensor.element_size()
+            elif tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
