@@ -52,7 +52,7 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
     storages: dict[tuple[object, int], int] = {}
     for module in modules:
         for tensor in _tensors(module):
-            if tensor.layout is torch._mkldnn:  # packed by oneDNN: it has no storage to ask, and shares none
+            if tensor.is_mkldnn:  # packed by oneDNN: it has no storage to ask, and shares none
                 storages["packed", id(tensor)] = tensor.numel() * tensor.element_size()
             elif tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
