@@ -13,7 +13,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "hasten"
 ORDER: list[set[str]] = [
-    {"path"}, {"grid"}, {"denoiser"}, {"moment"}, {"patch"}, {"anatomy"}, {"method"}, {"tree"}, {"recipe"},
+    {"atomic"}, {"path"}, {"grid"}, {"denoiser"}, {"moment"}, {"patch"}, {"anatomy"}, {"method"}, {"tree"}, {"recipe"},
     {"kernels", "networks"},
     {"solvers", "grids", "guidance", "runtime", "cache", "tokens"}
     | {"attention", "quant", "prune", "adapters", "parallel"},

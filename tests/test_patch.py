@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -283,3 +284,19 @@ def test_keep_hands_over_edits_counts_and_checks() -> None:
     del net.head.forward
     with pytest.raises(RuntimeError):
         kept.remove()
+
+
+def test_after_runs_once_the_method_has_returned_and_keeps_its_signature() -> None:
+    class Clerk:
+        def add(self, a: int, *, b: int = 2) -> int:
+            seen.append("inside")
+            return a + b
+
+    seen: list[str] = []
+    clerk = Clerk()
+    with Patch() as patch:
+        patch.after(clerk, "add", lambda: seen.append("after"))
+        assert clerk.add(1, b=3) == 4
+        assert seen == ["inside", "after"]
+        assert list(inspect.signature(clerk.add).parameters) == ["a", "b"]
+    assert "add" not in vars(clerk)

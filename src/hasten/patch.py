@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,6 +72,18 @@ class Patch(ExitStack):
         """Calls `around(forward, *args, **kwargs)` in place of `forward(*args, **kwargs)`."""
         inner = module.forward
         self.set(module, "forward", lambda *args, **kwargs: around(inner, *args, **kwargs))
+
+    def after(self, owner: object, name: str, then: Callable[[], None]) -> None:
+        """Calls `then()` once the owner's method `name` has returned; its signature still reads as before."""
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = inner(*args, **kwargs)
+            then()
+            return out
+
+        self.set(owner, name, call)
 
     def swap(self, root: nn.Module, name: str, new: nn.Module) -> None:
         """Puts `new` in the place of the submodule `name` of `root` (dotted)."""

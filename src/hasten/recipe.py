@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from hasten import tree
+from hasten.atomic import write_text_atomically
 from hasten.grid import Spacing
 from hasten.method import Method, apply_all, conflict
 from hasten.patch import Patch
@@ -184,14 +185,7 @@ class Recipe(BaseModel):
         """Writes YAML, under `comment` as lines of #; whole or not at all (written beside, then renamed)."""
         head = "".join(f"# {line}\n" for line in comment.splitlines())
         text = head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None)
-        target = File(file)
-        fresh = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(target)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        write_text_atomically(file, text)
 
 
 class _Strict(yaml.SafeLoader):

@@ -34,30 +34,19 @@ class Clock:
     def install(self, scheduler: Any, networks: list[nn.Module]) -> Patch:
         """Wraps the scheduler's `set_timesteps` and `step`, and each network's forward."""
         with Patch() as patch:
-            patch.set(scheduler, "set_timesteps", self._starting(scheduler, scheduler.set_timesteps))
-            patch.set(scheduler, "step", self._stepping(scheduler.step))
+            patch.after(scheduler, "set_timesteps", lambda: self._start(scheduler.timesteps.tolist()))
+            patch.after(scheduler, "step", self._advance)
             for net in networks:
                 patch.wrap(net, self._forward(scheduler))
             return patch.keep()
 
-    def _starting(self, scheduler: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            out = inner(*args, **kwargs)
-            self._times = scheduler.timesteps.tolist()
-            self._run, self._step, self._branch, self._offset = self._run + 1, 0, 0, None
-            self.trajectories += 1
-            return out
+    def _start(self, times: list[float]) -> None:
+        self._times = times
+        self._run, self._step, self._branch, self._offset = self._run + 1, 0, 0, None
+        self.trajectories += 1
 
-        set_timesteps.__wrapped__ = inner  # type: ignore[attr-defined]  # pipelines read its signature
-        return set_timesteps
-
-    def _stepping(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self._step, self._branch = self._step + 1, 0
-            return inner(*args, **kwargs)
-
-        step.__wrapped__ = inner  # type: ignore[attr-defined]
-        return step
+    def _advance(self) -> None:
+        self._step, self._branch = self._step + 1, 0
 
     def _forward(self, scheduler: Any) -> Callable[..., Any]:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,22 +26,12 @@ class Stopwatch:
 
     def install(self, pipe: Any) -> Patch:
         """Works on a plain and on an accelerated pipeline; take it off before the handle under it."""
-        scheduler = pipe.scheduler
         with Patch() as patch:
-            patch.set(scheduler, "set_timesteps", self._after(scheduler.set_timesteps, self._start))
-            patch.set(scheduler, "step", self._after(scheduler.step, self._stop))
+            patch.after(pipe.scheduler, "set_timesteps", self._start)
+            patch.after(pipe.scheduler, "step", self._stop)
             for net in networks(pipe).values():
                 patch.wrap(net, self._count)
             return patch.keep()
-
-    def _after(self, inner: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            out = inner(*args, **kwargs)
-            then()
-            return out
-
-        call.__wrapped__ = inner  # type: ignore[attr-defined]  # pipelines read its signature
-        return call
 
     def _count(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.calls += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from hasten.api import accelerate
 from hasten.bridge import folders
 from hasten.bridge.drawing import draw, quiet
 from hasten.measure.features import efficientnet_lite0
+from hasten.measure.pictures import kept, pictures
 from hasten.recipe import Recipe
 from hasten.tune import bench as benching
 from hasten.tune import outputs
@@ -59,7 +59,6 @@ def tune(
 
 def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out: Path, device: str | None) -> None:
     """One PNG a prompt, whole or not at all, and what the recipe did."""
-    from PIL import Image
     from rich.progress import track
 
     console = Console()
@@ -69,14 +68,11 @@ def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out
     handle = accelerate(pipe, wanted) if wanted else None
     began = time.perf_counter()
     seeds = range(seed, seed + len(prompts))
-    pictures = draw(pipe, prompts, list(seeds))
-    for i, part in enumerate(track(pictures, "drawing", total=len(prompts), console=console)):
-        pixels = (part[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    drawing = draw(pipe, prompts, list(seeds))
+    for i, part in enumerate(track(drawing, "drawing", total=len(prompts), console=console)):
         name = "".join(c if c.isalnum() else "-" for c in prompts[i])[:60].strip("-") or "picture"
         file = out / f"{seeds[i]:04d}-{name}.png"
-        with tempfile.NamedTemporaryFile(dir=out, suffix=".png", delete=False) as fresh:
-            Image.fromarray(pixels).save(fresh)
-        os.replace(fresh.name, file)
+        kept(pictures(part)[0], file)
         console.print(f"{file}", highlight=False)
     console.print(f"{len(prompts)} pictures in {time.perf_counter() - began:.2f} s")
     if handle is not None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from hasten.measure.atomic import write_bytes_atomically
+from hasten.atomic import write_bytes_atomically
 
 INK, PAPER, FAINT = "#1c1e21", "#ffffff", "#6b7177"
 UNTOUCHED, CHOSEN, OTHER = "#6b7177", "#d1495b", "#9fb3c8"
@@ -65,7 +67,7 @@ def contact_sheet(
             x = left + i * (width + gap)
             large = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
             sheet.paste(large, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
-    return _kept(sheet, path)
+    return kept(sheet, path)
 
 
 def pareto(
@@ -123,7 +125,7 @@ def pareto(
     figure.legend(loc="outside upper left", fontsize=12, frameon=False, ncols=columns, columnspacing=1.4)
     file = BytesIO()
     canvas.print_png(file)
-    return _kept(Image.open(file).convert("RGB"), path)
+    return kept(Image.open(file).convert("RGB"), path)
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -160,7 +162,14 @@ def _seconds(x: float) -> str:
     return f"{x:.3g} s" if x >= 1 else f"{1000 * x:.3g} ms"
 
 
-def _kept(picture: Image.Image, path: str | os.PathLike[str] | None) -> Image.Image:
+def pictures(images_BCHW: Tensor) -> list[Image.Image]:
+    """Float pictures in [0, 1], [B, 3, H, W] on the CPU, as PIL ones."""
+    pixels = (images_BCHW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def kept(picture: Image.Image, path: str | os.PathLike[str] | None) -> Image.Image:
+    """The picture, written to `path` as PNG where one is given, whole or not at all."""
     if path is not None:
         file = BytesIO()
         picture.save(file, "PNG")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hasten.measure.atomic import write_text_atomically
+from hasten.atomic import write_text_atomically
 from hasten.measure.quality import Quality
 from hasten.measure.timing import Spread
 

@@ -77,7 +77,7 @@ def bench(
         ),
         tuned=Cost(
             seconds=Spread.of(paired.after), denoising_seconds=Spread.of(fast_seconds), calls=calls[1],
-            first_call_seconds=paired.first_after, flops=_flops(pipe, recipe, one),
+            first_call_seconds=paired.first_after, flops=_flops(fast, recipe, one),
             activation_bytes=fast_peak.activations, weight_bytes=fast_peak.weights,
         ),
         end_to_end=paired.speedup,
@@ -104,12 +104,11 @@ def _once(pipe: Any, task: Task, watch: Stopwatch, seconds: list[float], tick: T
     return call
 
 
-def _flops(pipe: Any, recipe: Recipe, one: tuple[Any, Any]) -> int | None:
+def _flops(bare: Any, recipe: Recipe, one: tuple[Any, Any]) -> int | None:
     """Of a picture, counted without what the counter can't see through: compilation leaves the operations as they
     are, int8 products are unknown to it (None)."""
     if any(Part.LINEARS in m.writes for m in recipe.methods):
         return None
     seen = recipe.model_copy(update={"methods": tuple(m for m in recipe.methods if Part.GRAPH not in m.writes)})
-    other = quiet(twin(pipe))
-    with accelerate(other, seen):
-        return flops.count(lambda: list(draw(other, *one)))
+    with accelerate(bare, seen):
+        return flops.count(lambda: list(draw(bare, *one)))

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from hasten import tree
+from hasten.atomic import write_text_atomically
 from hasten.bridge.pipelines import networks
-from hasten.measure.atomic import write_text_atomically
 from hasten.measure.html import html
-from hasten.measure.pictures import Point, contact_sheet, pareto
-from hasten.method import Refused
+from hasten.measure.pictures import Point, contact_sheet, pareto, pictures
 from hasten.recipe import Recipe
+from hasten.tune.space import refusals
 from hasten.tune.tune import Outcome, Wanted, headline, table
 
 SHOWN = 12
@@ -77,12 +74,6 @@ def _points(outcome: Outcome) -> tuple[list[Point], str]:
     return [plain, *(Point(headline(t), t.seconds, t.quality) for t in outcome.trials), chosen], chosen.name
 
 
-def pictures(images_BCHW: Tensor) -> list[Image.Image]:
-    """Float pictures in [0, 1] as PIL ones."""
-    pixels = (images_BCHW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    return [Image.fromarray(p) for p in pixels]
-
-
 def plan(pipe: Any, model: str, search: Sequence[str], proof: Sequence[str], trials: int, budget: float | None) -> str:
     """What a run would do, in words; tries nothing but whether each method can be applied."""
     net = next(iter(networks(pipe).values()))
@@ -94,10 +85,6 @@ def plan(pipe: Any, model: str, search: Sequence[str], proof: Sequence[str], tri
         f"solvers: {', '.join(tree.functions('solvers'))}",
         f"grids: {', '.join(tree.functions('grids'))}",
     ]
-    for label, kind in tree.methods().items():
-        try:
-            kind().apply(net).remove()
-            lines.append(f"{label}: would be tried")
-        except (Refused, ValueError) as reason:
-            lines.append(f"{label}: not here: {reason}")
-    return "\n".join(lines)
+    refused = refusals(net)
+    tried = (f"{m}: " + (f"not here: {refused[m]}" if m in refused else "would be tried") for m in tree.methods())
+    return "\n".join([*lines, *tried])

@@ -13,6 +13,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
 
 from hasten import tree
 from hasten.api import accelerate
@@ -23,8 +24,8 @@ from hasten.measure.features import Features
 from hasten.measure.quality import Quality, quality
 from hasten.method import Refused
 from hasten.recipe import Recipe
-from hasten.tune.space import starts, suggest
-from hasten.tune.subject import Drawn, Task, Tick, drawn
+from hasten.tune.space import refusals, starts, suggest
+from hasten.tune.subject import Drawn, Task
 
 EARLY = 6
 """Prompts after which a trial far below the floor is given up."""
@@ -50,22 +51,13 @@ class Search:
     def __init__(self, pipe: Any, task: Task, plain: tuple[Drawn, Drawn], features: Features, floor: float) -> None:
         self.pipe, self.task, self.plain, self.features, self.floor = pipe, task, plain, features, floor
         self.fast = quiet(twin(pipe))
-        self.refused: dict[str, str] = {}
-        self.labels = [label for label in tree.methods() if self._works(label)]
+        self.refused = refusals(next(iter(networks(self.fast).values())))
+        self.labels = [label for label in tree.methods() if label not in self.refused]
         watch = Stopwatch()
         with watch.install(pipe):
             list(draw(pipe, task.prompts[:1], task.seeds[:1]))
         self.calls = watch.calls
         self.guided = bool(getattr(pipe, "do_classifier_free_guidance", True))
-
-    def _works(self, label: str) -> bool:
-        net = next(iter(networks(self.fast).values()))
-        try:
-            tree.method(label)().apply(net).remove()
-        except (Refused, ValueError) as reason:
-            self.refused[label] = str(reason)
-            return False
-        return True
 
     def run(
         self,
@@ -103,19 +95,27 @@ class Search:
         seconds: list[float] = []
         with accelerate(self.fast, recipe), slow.install(self.pipe), fast.install(self.fast):
             list(draw(self.fast, *one))  # compiles; not counted
-            early = self._quality(self.task.first(EARLY), 50, lambda n: seconds.append(fast.seconds))
-            if early.high < self.floor - 0.1:
-                raise optuna.TrialPruned(f"quality {early} on {EARLY} prompts")
+            early = self._draw(slice(0, EARLY), fast, seconds)
+            likely = self._quality(early, 50)
+            if likely.high < self.floor - 0.1:
+                raise optuna.TrialPruned(f"quality {likely} on {EARLY} prompts")
             list(draw(self.pipe, *one))  # in the middle, so that a machine that slows down slows both
-            value = self._quality(self.task, 0, lambda n: seconds.append(fast.seconds))
+            value = self._quality(early + self._draw(slice(EARLY, None), fast, seconds), 0)
         trial.set_user_attr("seconds", statistics.median(seconds))
         trial.set_user_attr("quality", value.to_dict())
         return slow.seconds / statistics.median(seconds), value.value
 
-    def _quality(self, task: Task, resamples: int, tick: Tick) -> Quality:
-        made = drawn(self.fast, task.prompts, task.seeds, self.features, 1, tick)
-        a, b = (p.features[: len(task.prompts)] for p in self.plain)
-        return quality(a, b, made.features, torch.Generator().manual_seed(0), resamples=resamples)
+    def _draw(self, which: slice, watch: Stopwatch, seconds: list[float]) -> list[Tensor]:
+        """Features of some of the task's pictures; notes the denoising time of each."""
+        found = []
+        for picture in draw(self.fast, self.task.prompts[which], self.task.seeds[which]):
+            seconds.append(watch.seconds)
+            found.append(self.features(picture))
+        return found
+
+    def _quality(self, made: list[Tensor], resamples: int) -> Quality:
+        a, b = (p.features[: len(made)] for p in self.plain)
+        return quality(a, b, torch.cat(made), torch.Generator().manual_seed(0), resamples=resamples)
 
 
 def found(study: optuna.Study) -> list[Found]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from torch import nn
 
 from hasten import tree
 from hasten.method import Method, conflict
@@ -84,21 +85,30 @@ def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
     return extra.get("low", low), extra.get("high", high), bool(extra.get("log", False))  # type: ignore[return-value]
 
 
+def refusals(net: nn.Module) -> dict[str, str]:
+    """label -> reason, of the methods that can't be applied to `net` on this machine, found by trying."""
+    found = {}
+    for label, kind in tree.methods().items():
+        try:
+            kind().apply(net).remove()
+        except ValueError as reason:  # Refused is one
+            found[label] = str(reason)
+    return found
+
+
 def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
     """Where the search begins: plain good sense, as parameters for `suggest`."""
-    sure = {label: label in labels and label.split(".")[0] in ("runtime", "tokens") for label in labels}
-    found = []
+    sure = {label: label.split(".")[0] in ("runtime", "tokens") for label in labels}
     plain: dict[str, Any] = {"grid": "uniform"}
     shifted: dict[str, Any] = {"grid": "shifted", "grid.shifted.shift": 2.0}
     half = {"guidance.interval": True, "guidance.interval.low": 0.15, "guidance.interval.high": 0.95}
     half = half if "guidance.interval" in labels else {}
-    for share, solver, more in (
+    tries: tuple[tuple[float, str, dict[str, Any]], ...] = (
         (0.3, "dpmpp_2m", shifted),
         (0.3, "dpmpp_2m", shifted | half),
         (0.4, "dpmpp_2m", plain | half),
         (0.3, "unipc", shifted),
         (0.36, "ipndm", shifted | half),
         (0.5, "dpmpp_2m", plain),
-    ):
-        found.append({"solver": solver, "calls": max(4, round(most_steps * share)), **sure, **more})
-    return found
+    )
+    return [{"solver": s, "calls": max(4, round(most_steps * share)), **sure, **more} for share, s, more in tries]

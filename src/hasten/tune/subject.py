@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hasten.atomic import write_bytes_atomically
 from hasten.bridge.drawing import draw
 from hasten.measure.features import Features
 
@@ -41,10 +42,6 @@ class Task:
         drawn = torch.randint(2**40, (2, len(prompts)), generator=rng)
         return cls(tuple(prompts), tuple(drawn[0].tolist()), tuple(drawn[1].tolist()))
 
-    def first(self, count: int) -> Task:
-        """The task of its first prompts."""
-        return Task(self.prompts[:count], self.seeds[:count], self.other_seeds[:count])
-
 
 def drawn(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], features: Features, batch: int, tick: Tick) -> Drawn:
     """Draws and reads every picture."""
@@ -73,8 +70,6 @@ def untouched(
     b = drawn(pipe, task.prompts, task.other_seeds, features, batch, tick)
     if keep is not None:
         seeds = torch.tensor([*task.seeds, *task.other_seeds])
-        fresh = keep.with_suffix(".fresh")
         kept = {"a": a.pictures, "fa": a.features, "b": b.pictures, "fb": b.features, "seeds": seeds}
-        save_file({k: v.contiguous() for k, v in kept.items()}, fresh)
-        fresh.replace(keep)
+        write_bytes_atomically(keep, save({k: v.contiguous() for k, v in kept.items()}))
     return a, b

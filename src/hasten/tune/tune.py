@@ -4,6 +4,7 @@ searched on."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,6 @@ def tune(
 ) -> Outcome:
     """Measures the untouched pipeline, searches, proves. State is kept in `out`/state, so that an interrupted run
     goes on."""
-    import time
-
     began = time.monotonic()
     features = features or efficientnet_lite0()
     quiet(pipe)
@@ -106,7 +105,7 @@ def tune(
             bar, "untouched, proof", pipe, proof_task, features, wanted.batch, state / "proof.safetensors"
         )
         search = Search(pipe, search_task, plain, features, wanted.quality)
-        trials = _searched(bar, search, wanted, state / "trials.journal", left, proof_cost=3 * len(wanted.verify))
+        trials = _searched(bar, search, wanted, state / "trials.journal", left)
         outcome = Outcome(None, proof, proof_task, trials, refused=search.refused)
         turned_down = math.inf
         for candidate in candidates(trials, wanted.quality):
@@ -120,7 +119,7 @@ def tune(
 
 
 def candidates(trials: Sequence[Found], floor: float, most: int = 12) -> list[Found]:
-    """Those that held the floor and beat the untouched pipeline in the search, fastest first; alike recipes once."""
+    """Those that held the floor and beat the untouched pipeline in the search, fastest first."""
     good = [t for t in trials if t.quality >= floor and t.speedup > 1]
     return good[:most]
 
@@ -157,7 +156,7 @@ def _untouched(
 
 
 def _searched(
-    bar: Progress, search: Search, wanted: Wanted, journal: Path, left: Callable[[], float | None], proof_cost: int
+    bar: Progress, search: Search, wanted: Wanted, journal: Path, left: Callable[[], float | None]
 ) -> list[Found]:
     line = bar.add_task("search", total=wanted.trials, note="recipes")
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hasten.measure.atomic import write_bytes_atomically, write_text_atomically
+from hasten.atomic import write_bytes_atomically, write_text_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -24,7 +24,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypat
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"hasten.measure.atomic.os.{step}", fail)
+    monkeypatch.setattr(f"hasten.atomic.os.{step}", fail)
     with pytest.raises(OSError, match="disk full"):
         write_text_atomically(file, "new")
     assert file.read_text() == "old"
@@ -33,8 +33,8 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypat
 
 def test_the_new_file_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
     done, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr("hasten.measure.atomic.os.fsync", lambda f: (done.append("sync"), sync(f)))
-    monkeypatch.setattr("hasten.measure.atomic.os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    monkeypatch.setattr("hasten.atomic.os.fsync", lambda f: (done.append("sync"), sync(f)))
+    monkeypatch.setattr("hasten.atomic.os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
     write_text_atomically(tmp_path / "a", "text")
     assert done[:2] == ["sync", "replace"]
 
