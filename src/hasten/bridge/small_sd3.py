@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hasten.bridge import folders
-from hasten.tokens.joint import BiasedJointAttention
+from hasten.tokens.joint import BiasedJointAttention, explicit
 
 systems: tuple[str, ...] = ("sd3",)
 
@@ -58,7 +58,7 @@ class TextToVelocity(nn.Module):
         super().__init__()
         self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
         self.transformer = pipe.transformer
-        self.transformer.set_attn_processor(BiasedJointAttention())
+        self.transformer.set_attn_processor(BiasedJointAttention(explicit))
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """x [B, 4, h, w], t [B] in [0, 1], ids [B, 16]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ class BiasedJointAttention:
     """What SD3's processor computes, plus `attention_mask` [1, 1, 1, N + M] added to the logits of the N + M keys.
 
     Esser et al. 2024, arXiv:2403.03206 section 4: image and text tokens have their own projections and attend together.
+
+    Attributes:
+        attend: (q, k, v, attn_mask) -> y, all [B, heads, N + M, C]; `explicit` trains faster on CPU.
     """
+
+    def __init__(self, attend: Callable[..., Tensor] = F.scaled_dot_product_attention) -> None:
+        self.attend = attend
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -35,8 +42,17 @@ class BiasedJointAttention:
             k = torch.cat([k, norm(attn.norm_added_k, heads(attn.add_k_proj(c_BMC)))], 2)
             v = torch.cat([v, heads(attn.add_v_proj(c_BMC))], 2)
         bias = None if attention_mask is None else attention_mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        y = self.attend(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         if c_BMC is None:
             return attn.to_out[1](attn.to_out[0](y))
         y, c = y.split([x_BNC.shape[1], c_BMC.shape[1]], 1)
         return attn.to_out[1](attn.to_out[0](y)), c if attn.context_pre_only else attn.to_add_out(c)
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Attention by its definition, logits in float32. At a hundred tokens its backward pass is faster than that of
+    torch's CPU flash attention."""
+    logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1).to(v.dtype) @ v
