@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hasten.measure.pictures import CHOSEN, PAPER, Point, contact_sheet, front, pareto
+from hasten.measure.pictures import CHOSEN, PAPER, Point, contact_sheet, front, gallery, pareto
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff", "#00ffff"]
 
@@ -31,6 +31,14 @@ def test_every_picture_is_there_doubled_in_its_row_and_column(tmp_path):
     assert len({b[1] for b in boxes[:3]}) == len({b[1] for b in boxes[3:]}) == 1
     assert boxes[0][1] + 128 < boxes[3][1]
     assert (np.asarray(Image.open(tmp_path / "sheet.png")) == np.asarray(sheet)).all()
+
+
+def test_a_gallery_breaks_into_rows_and_keeps_the_order(tmp_path):
+    sheet = gallery(tiles(COLOURS[:5]), [f"picture {i}" for i in range(5)], 2, tmp_path / "gallery.png")
+    boxes = [places(sheet, c) for c in COLOURS[:5]]
+    assert boxes[0][0] == boxes[2][0] == boxes[4][0] < boxes[1][0] == boxes[3][0]
+    assert boxes[0][1] == boxes[1][1] < boxes[2][1] == boxes[3][1] < boxes[4][1]
+    assert (np.asarray(Image.open(tmp_path / "gallery.png")) == np.asarray(sheet)).all()
 
 
 def test_captions_stay_over_their_own_column():

@@ -14,6 +14,7 @@ from rich.console import Console
 from families import sd3_with_words
 from hasten import tree
 from hasten.bridge.drawing import NotFinite
+from hasten.measure.timing import Spread
 from hasten.method import conflict
 from hasten.recipe import Recipe
 from hasten.tune import outputs, search, tune
@@ -50,6 +51,17 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 def wanted(trials: int = 3, quality: float = 0.0, **more: Any) -> tune.Wanted:
     first, second = tune.halves(PROMPTS, 4, 5)
     return tune.Wanted(quality, first, second, trials=trials, **more)
+
+
+def found(speedup: float, quality: float) -> Found:
+    seconds = Spread.of([1 / speedup])
+    return Found(Recipe(solver="ddim", steps=4), Spread.of([speedup]), seconds, quality, 4, 30.0, 9.0)
+
+
+def kept_trials(out: Path) -> list[Any]:
+    journal = optuna.storages.journal.JournalFileBackend(str(out / "state" / "trials.journal"))
+    storage = optuna.storages.JournalStorage(journal)
+    return [t for s in storage.get_all_studies() for t in storage.get_all_trials(s._study_id)]
 
 
 def quietly() -> Console:
@@ -91,6 +103,22 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_methods")
+def test_what_another_pipeline_or_other_prompts_left_in_the_folder_is_not_taken(tmp_path: Path) -> None:
+    pipe = tiny()
+    first = tune.tune(pipe, "tiny", wanted(1), tmp_path, quietly(), Pixels())
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(1.5)
+    other = tune.tune(pipe, "tiny", wanted(1), tmp_path, quietly(), Pixels())
+    assert len(other.trials) == 1
+    assert not other.plain[0].pictures.equal(first.plain[0].pictures)
+    search, verify = (tuple(p.replace("prompt", "thing") for p in half) for half in (wanted().search, wanted().verify))
+    words = tune.tune(pipe, "tiny", tune.Wanted(0.0, search, verify, trials=1), tmp_path, quietly(), Pixels())
+    assert len(words.trials) == 1
+    assert not words.plain[0].pictures.equal(other.plain[0].pictures)
+    assert sum(t.state.is_finished() for t in kept_trials(tmp_path)) == 3
+
+
+@pytest.mark.usefixtures("few_methods")
 def test_a_recipe_that_gives_nan_is_marked_failed_and_the_search_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,13 +133,8 @@ def test_a_recipe_that_gives_nan_is_marked_failed_and_the_search_goes_on(
     monkeypatch.setattr(search.Search, "_quality", broken)
     outcome = tune.tune(tiny(), "tiny", wanted(3), tmp_path, quietly(), Pixels())
     assert len(outcome.trials) == 2
-    study = optuna.load_study(
-        study_name="hasten",
-        storage=optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(tmp_path / "state" / "trials.journal"))
-        ),
-    )
-    assert [t.state.name for t in study.trials if t.state.is_finished()] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [why for _, why in outcome.failed] == ["the pictures hold NaN or infinity"]
+    assert [t.state.name for t in kept_trials(tmp_path) if t.state.is_finished()] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 @pytest.mark.usefixtures("few_methods")
@@ -143,23 +166,21 @@ def test_the_winner_is_written_whole_and_can_be_applied(tmp_path: Path) -> None:
 def test_a_recipe_slower_than_predicted_is_rejected_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from hasten.measure.timing import Spread
-
     report = SimpleNamespace(denoising=Spread.of([2.0, 2.1]), quality=SimpleNamespace(value=0.99))
     monkeypatch.setattr(tune, "bench", lambda *_, **__: SimpleNamespace(report=report))
     outcome = tune.Outcome(None, None, None, [])  # type: ignore[arg-type]
     bar = SimpleNamespace(add_task=lambda *_, **__: 0, advance=lambda *_: None)
-    fast = Found(Recipe(solver="ddim", steps=4), speedup=5.0, seconds=0.1, quality=0.99)
+    fast = found(5.0, 0.99)
     tune._prove(bar, None, "x", fast, wanted(), outcome, Pixels())  # type: ignore[arg-type]
     assert outcome.winner is None
     assert "slower than predicted" in outcome.rejected[0][1]
-    slow = Found(Recipe(solver="ddim", steps=4), speedup=2.0, seconds=0.1, quality=0.99)
+    slow = found(2.0, 0.99)
     tune._prove(bar, None, "x", slow, wanted(), outcome, Pixels())  # type: ignore[arg-type]
     assert outcome.winner is not None
 
 
 def test_nothing_is_chosen_where_nothing_holds_the_floor() -> None:
-    trials = [Found(Recipe(solver="ddim"), 9.0, 0.1, 0.5), Found(Recipe(solver="ddim"), 0.9, 1.0, 0.99)]
+    trials = [found(9.0, 0.5), found(0.9, 0.99)]
     assert tune.candidates(trials, 0.95) == []
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     outputs.show(tune.Outcome(None, None, None, trials), wanted(quality=0.95), console)  # type: ignore[arg-type]

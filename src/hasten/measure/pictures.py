@@ -70,6 +70,23 @@ def contact_sheet(
     return kept(sheet, path)
 
 
+def gallery(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int = 8,
+    path: str | os.PathLike[str] | None = None,
+) -> Image.Image:
+    """Captioned pictures in rows of `columns`; written to `path` as PNG where given. Raises as `contact_sheet`."""
+    parts = [slice(i, i + columns) for i in range(0, max(len(pictures), len(captions)), columns)]
+    rows = [contact_sheet([("", pictures[part])], captions[part]) for part in parts]
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), PAPER)
+    y = 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height
+    return kept(sheet, path)
+
+
 def pareto(
     points: Sequence[Point], chosen: str | None = None, path: str | os.PathLike[str] | None = None
 ) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.bridge import folders, small_sd3
 from hasten.bridge.drawing import draw, quiet
-from hasten.measure.pictures import contact_sheet, pictures
+from hasten.measure.pictures import gallery, pictures
 from hasten.objectives.pretrain.flow_matching import FlowMatching
 from hasten.objectives.pretrain.reconstruct import Reconstruct
 from hasten.reference import emoji
@@ -123,4 +123,4 @@ def sheet(pipe: Any, file: Path) -> None:
         pixels = torch.cat(
             list(draw(quiet(pipe), SHOWN, [0] * len(SHOWN), 16, num_inference_steps=20, guidance_scale=3.0))
         )
-    contact_sheet([("", pictures(pixels))], list(SHOWN), file)
+    gallery(pictures(pixels), SHOWN, path=file)

@@ -26,6 +26,10 @@ def show(outcome: Outcome, wanted: Wanted, console: Console) -> None:
     console.print(table(outcome))
     for what, why in outcome.rejected:
         console.print(f"[yellow]rejected[/] {what}: {why}", highlight=False)
+    for what, why in outcome.failed[:3]:
+        console.print(f"[yellow]broke[/] {what}: {why}", highlight=False)
+    if len(outcome.failed) > 3:
+        console.print(f"[yellow]broke[/] {len(outcome.failed) - 3} more")
     for label, why in outcome.refused.items():
         console.print(f"[dim]not tried: {label}: {why}[/]", highlight=False)
     if outcome.winner is None:
@@ -71,7 +75,11 @@ def _points(outcome: Outcome) -> tuple[list[Point], str]:
     report = outcome.winner.report
     plain = Point("untouched", report.untouched.denoising_seconds.median, 1.0, untouched=True)
     chosen = Point("chosen", report.tuned.denoising_seconds.median, report.quality.value)
-    return [plain, *(Point(headline(t), t.seconds, t.quality) for t in outcome.trials), chosen], chosen.name
+    return [
+        plain,
+        *(Point(headline(t.recipe), t.seconds.median, t.quality) for t in outcome.trials),
+        chosen,
+    ], chosen.name
 
 
 def plan(pipe: Any, model: str, search: Sequence[str], proof: Sequence[str], trials: int, budget: float | None) -> str:

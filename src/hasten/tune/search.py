@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,19 @@ from hasten.api import accelerate
 from hasten.bridge.drawing import NotFinite, draw, quiet, twin
 from hasten.bridge.pipelines import networks
 from hasten.bridge.stopwatch import Stopwatch
+from hasten.measure import fidelity
 from hasten.measure.features import Features
+from hasten.measure.frechet import frechet_small
 from hasten.measure.quality import Quality, quality
+from hasten.measure.timing import Spread
 from hasten.method import Refused
 from hasten.recipe import Recipe
 from hasten.tune.space import refusals, starts, suggest
-from hasten.tune.subject import Drawn, Task
+from hasten.tune.subject import Drawn, Task, drawn
+
+FAULTS = (NotFinite, Refused, ValueError, RuntimeError, torch.OutOfMemoryError)
+"""What fails a trial and not the search."""
+
 
 EARLY = 6
 """Prompts after which a trial far below the floor is given up."""
@@ -33,12 +39,22 @@ EARLY = 6
 
 @dataclass(frozen=True)
 class Found:
-    """One trial that ended: a recipe with the speed-up of its denoising and its quality, as the search saw them."""
+    """One trial that ended, as the search saw it.
+
+    Attributes:
+        speedup, seconds: of the denoising, picture by picture.
+        calls: of the network, a picture.
+        psnr_db: to the untouched pictures of the same seeds, median.
+        frechet: from an untouched run with other seeds.
+    """
 
     recipe: Recipe
-    speedup: float
-    seconds: float
+    speedup: Spread
+    seconds: Spread
     quality: float
+    calls: int
+    psnr_db: float
+    frechet: float
 
 
 class Search:
@@ -62,16 +78,17 @@ class Search:
     def run(
         self,
         journal: Path,
+        subject: str,
         trials: int,
         seconds: float | None,
         seed: int,
         told: Callable[[optuna.Study, FrozenTrial], None],
     ) -> optuna.Study:
-        """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` included, within
-        `seconds`."""
+        """Up to `trials` trials in all, those of an earlier, interrupted run in `journal` on the same `subject`
+        included, within `seconds`."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial is marked, and the search goes on
         study = optuna.create_study(
-            study_name="hasten", directions=["maximize", "maximize"], load_if_exists=True,
+            study_name=subject, directions=["maximize", "maximize"], load_if_exists=True,
             storage=JournalStorage(JournalFileBackend(str(journal))),
             sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8),
         )  # fmt: skip
@@ -81,47 +98,70 @@ class Search:
         left = trials - sum(t.state.is_finished() for t in study.trials)
         if left > 0:
             study.optimize(
-                self._trial, n_trials=left, timeout=seconds, callbacks=[told],
-                catch=(NotFinite, Refused, ValueError, RuntimeError, torch.OutOfMemoryError),
+                self._trial, n_trials=left, timeout=seconds, callbacks=[told], catch=FAULTS,
             )  # fmt: skip
         return study
 
     def _trial(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Speed-up of the denoising and quality, from the same pictures; given up early where quality is hopeless."""
         recipe = suggest(trial, self.labels, self.calls, self.guided)
         trial.set_user_attr("recipe", recipe.to_dict())
+        try:
+            return self._tried(trial, recipe)
+        except FAULTS as fault:
+            trial.set_user_attr("fault", " ".join(str(fault).split())[:300] or type(fault).__name__)
+            raise
+
+    def _tried(self, trial: optuna.Trial, recipe: Recipe) -> tuple[float, float]:
+        """Speed-up of the denoising and quality, from the same pictures; given up early where quality is hopeless."""
         one = (self.task.prompts[:1], self.task.seeds[:1])
         slow, fast = Stopwatch(), Stopwatch()
         seconds: list[float] = []
         with accelerate(self.fast, recipe), slow.install(self.pipe), fast.install(self.fast):
             list(draw(self.fast, *one))  # compiles; not counted
             early = self._draw(slice(0, EARLY), fast, seconds)
-            likely = self._quality(early, 50)
+            likely = self._quality(early.features, 50)
             if likely.high < self.floor - 0.1:
                 raise optuna.TrialPruned(f"quality {likely} on {EARLY} prompts")
             list(draw(self.pipe, *one))  # in the middle, so that a machine that slows down slows both
-            value = self._quality(early + self._draw(slice(EARLY, None), fast, seconds), 0)
-        trial.set_user_attr("seconds", statistics.median(seconds))
-        trial.set_user_attr("quality", value.to_dict())
-        return slow.seconds / statistics.median(seconds), value.value
+            more = len(self.task.prompts) > EARLY
+            made = early.joined(self._draw(slice(EARLY, None), fast, seconds)) if more else early
+        value = self._quality(made.features, 0)
+        a, b = self.plain
+        speedup = Spread.of([slow.seconds / s for s in seconds])
+        trial.set_user_attr("speedup", speedup.to_dict())
+        trial.set_user_attr("seconds", Spread.of(seconds).to_dict())
+        trial.set_user_attr("calls", fast.calls)
+        trial.set_user_attr("psnr_db", float(fidelity.psnr(made.pictures, a.pictures).median()))
+        trial.set_user_attr("frechet", frechet_small(made.features, b.features))
+        return speedup.median, value.value
 
-    def _draw(self, which: slice, watch: Stopwatch, seconds: list[float]) -> list[Tensor]:
-        """Features of some of the task's pictures; notes the denoising time of each."""
-        found = []
-        for picture in draw(self.fast, self.task.prompts[which], self.task.seeds[which]):
-            seconds.append(watch.seconds)
-            found.append(self.features(picture))
-        return found
+    def _draw(self, which: slice, watch: Stopwatch, seconds: list[float]) -> Drawn:
+        """Some of the task's pictures; notes the denoising time of each."""
+        return drawn(
+            self.fast, self.task.prompts[which], self.task.seeds[which], self.features, 1,
+            lambda _: seconds.append(watch.seconds),
+        )  # fmt: skip
 
-    def _quality(self, made: list[Tensor], resamples: int) -> Quality:
+    def _quality(self, made: Tensor, resamples: int) -> Quality:
         a, b = (p.features[: len(made)] for p in self.plain)
-        return quality(a, b, torch.cat(made), torch.Generator().manual_seed(0), resamples=resamples)
+        return quality(a, b, made, torch.Generator().manual_seed(0), resamples=resamples)
 
 
 def found(study: optuna.Study) -> list[Found]:
     """The trials that ended, fastest first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    read = [
-        Found(Recipe.from_dict(t.user_attrs["recipe"]), t.values[0], t.user_attrs["seconds"], t.values[1]) for t in done
-    ]
-    return sorted(read, key=lambda f: -f.speedup)
+    return sorted((_read(t) for t in done), key=lambda f: -f.speedup.median)
+
+
+def faults(study: optuna.Study) -> list[tuple[Recipe, str]]:
+    """The trials that failed, and why."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    told = [t.user_attrs for t in failed if "fault" in t.user_attrs]
+    return [(Recipe.from_dict(t["recipe"]), t["fault"]) for t in told]
+
+
+def _read(trial: FrozenTrial) -> Found:
+    seen = dict(trial.user_attrs)
+    recipe = Recipe.from_dict(seen.pop("recipe"))
+    speedup, seconds = Spread(**seen.pop("speedup")), Spread(**seen.pop("seconds"))
+    return Found(recipe, speedup, seconds, trial.values[1], **seen)

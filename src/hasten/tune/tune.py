@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,9 +19,10 @@ from rich.table import Table
 from hasten.bridge.drawing import NotFinite, quiet
 from hasten.measure.features import Features, efficientnet_lite0
 from hasten.method import Refused
+from hasten.recipe import Recipe
 from hasten.tune.bench import Benched, bench
-from hasten.tune.search import Found, Search, found
-from hasten.tune.subject import Drawn, Task, untouched
+from hasten.tune.search import Found, Search, faults, found
+from hasten.tune.subject import Drawn, Task, fingerprint, untouched
 
 SLACK = 0.85
 """Share of the search's speed-up that must be there again when it is verified; less is "slower than predicted"."""
@@ -58,6 +60,7 @@ class Outcome:
         winner: measured on the proof's prompts; None where nothing beat the untouched pipeline.
         rejected: (headline, reason) of candidates that the proof turned down.
         refused: label -> reason, of methods that can't work here.
+        failed: (headline, reason) of recipes that the search tried and that broke.
     """
 
     winner: Benched | None
@@ -66,6 +69,7 @@ class Outcome:
     trials: list[Found]
     rejected: list[tuple[str, str]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    failed: list[tuple[str, str]] = field(default_factory=list)
 
 
 def halves(prompts: Sequence[str], search: int, verify: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -105,45 +109,47 @@ def tune(
             bar, "untouched, proof", pipe, proof_task, features, wanted.batch, state / "proof.safetensors"
         )
         search = Search(pipe, search_task, plain, features, wanted.quality)
-        trials = _searched(bar, search, wanted, state / "trials.journal", left)
-        outcome = Outcome(None, proof, proof_task, trials, refused=search.refused)
+        subject = fingerprint(pipe, search_task, features)
+        study = _searched(bar, search, wanted, state / "trials.journal", subject, left)
+        trials, failed = found(study), [(headline(recipe), why) for recipe, why in faults(study)]
+        outcome = Outcome(None, proof, proof_task, trials, refused=search.refused, failed=failed)
         turned_down = math.inf
         for candidate in candidates(trials, wanted.quality):
-            if candidate.speedup > turned_down / STRIDE:
+            if candidate.speedup.median > turned_down / STRIDE:
                 continue
             _prove(bar, pipe, name, candidate, wanted, outcome, features)
             if outcome.winner is not None:
                 break
-            turned_down = candidate.speedup
+            turned_down = candidate.speedup.median
     return outcome
 
 
 def candidates(trials: Sequence[Found], floor: float, most: int = 12) -> list[Found]:
     """Those that held the floor and beat the untouched pipeline in the search, fastest first."""
-    good = [t for t in trials if t.quality >= floor and t.speedup > 1]
+    good = [t for t in trials if t.quality >= floor and t.speedup.median > 1]
     return good[:most]
 
 
 def _prove(
     bar: Progress, pipe: Any, name: str, candidate: Found, wanted: Wanted, outcome: Outcome, features: Features
 ) -> None:
-    task = bar.add_task("proof", total=len(wanted.verify) + 2 * 12, note=headline(candidate))
+    task = bar.add_task("proof", total=len(wanted.verify) + 2 * 12, note=headline(candidate.recipe))
     try:
         benched = bench(
             pipe, candidate.recipe, outcome.task, outcome.plain, features, name, tick=lambda n: bar.advance(task, n)
         )
     except (NotFinite, Refused, RuntimeError) as reason:
-        outcome.rejected.append((headline(candidate), str(reason)))
+        outcome.rejected.append((headline(candidate.recipe), str(reason)))
         return
     report = benched.report
     speed, value = report.denoising.median, report.quality.value
-    if speed < SLACK * candidate.speedup or report.denoising.low <= 1:
-        why = f"slower than predicted: {report.denoising} where the search saw {candidate.speedup:.1f}x"
-        outcome.rejected.append((headline(candidate), why))
+    if speed < SLACK * candidate.speedup.median or report.denoising.low <= 1:
+        why = f"slower than predicted: {report.denoising} where the search saw {candidate.speedup}"
+        outcome.rejected.append((headline(candidate.recipe), why))
     elif value < wanted.quality:
         why = f"quality {report.quality} on new prompts and seeds, below {wanted.quality}"
         why += f"; {candidate.quality:.3f} in the search"
-        outcome.rejected.append((headline(candidate), why))
+        outcome.rejected.append((headline(candidate.recipe), why))
     else:
         outcome.winner = benched
 
@@ -156,14 +162,14 @@ def _untouched(
 
 
 def _searched(
-    bar: Progress, search: Search, wanted: Wanted, journal: Path, left: Callable[[], float | None]
-) -> list[Found]:
+    bar: Progress, search: Search, wanted: Wanted, journal: Path, subject: str, left: Callable[[], float | None]
+) -> optuna.Study:
     line = bar.add_task("search", total=wanted.trials, note="recipes")
 
     def told(study: Any, trial: Any) -> None:
         ended = sum(t.state.is_finished() for t in study.trials)
         good = [f for f in found(study) if f.quality >= wanted.quality]
-        note = f"best {good[0].speedup:.1f}x at {good[0].quality:.3f}" if good else "none holds the quality yet"
+        note = f"best {good[0].speedup.median:.1f}x at {good[0].quality:.3f}" if good else "none holds the quality yet"
         bar.update(line, completed=ended, note=note)
         rest = left()
         if rest is not None and rest < reserve:
@@ -176,13 +182,11 @@ def _searched(
     with torch._dynamo.config.patch(
         recompile_limit=256, accumulated_recompile_limit=4096
     ):  # every trial may be a new shape
-        study = search.run(journal, wanted.trials, seconds, wanted.seed, told)
-    return found(study)
+        return search.run(journal, subject, wanted.trials, seconds, wanted.seed, told)
 
 
-def headline(trial: Found) -> str:
+def headline(r: Recipe) -> str:
     """A recipe in a few words: solver, steps, methods."""
-    r = trial.recipe
     grid = r.grid if isinstance(r.grid, str) else next(iter(r.grid)) if isinstance(r.grid, dict) else "times"
     return f"{r.solver} {r.steps} {grid} " + " ".join(_settings(m) for m in r.all_methods())
 
@@ -194,13 +198,18 @@ def _settings(m: Any) -> str:
 
 def table(outcome: Outcome, most: int = 8) -> Table:
     """The search's best, beside each other: what they are, how fast, how good."""
-    found_ = [t for t in outcome.trials if math.isfinite(t.speedup)]
-    front = [t for t in found_ if not any(o.speedup > t.speedup and o.quality > t.quality for o in found_)]
+    every = outcome.trials
+    front = [t for t in every if not any(o.speedup.median > t.speedup.median and o.quality > t.quality for o in every)]
     view = Table(title="fastest recipes at each quality, as the search saw them", title_justify="left")
-    for column, justify in (("recipe", "left"), ("s an image", "right"), ("speed-up", "right"), ("quality", "right")):
-        view.add_column(column, justify=justify)  # type: ignore[arg-type]
+    view.add_column("recipe")
+    for column in ("calls", "s an image", "speed-up", "quality", "PSNR", "Fréchet"):
+        view.add_column(column, justify="right", no_wrap=True)
     for t in front[:most]:
-        view.add_row(headline(t), f"{t.seconds:.3f}", f"{t.speedup:.1f}x", f"{t.quality:.3f}")
+        near = f"{t.psnr_db:.1f} dB" if math.isfinite(t.psnr_db) else "equal"
+        view.add_row(
+            headline(t.recipe), str(t.calls), f"{t.seconds.median:.3f}", f"{t.speedup}", f"{t.quality:.3f}", near,
+            f"{t.frechet:.0f}",
+        )  # fmt: skip
     return view
 
 
