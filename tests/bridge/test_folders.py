@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hasten
-from families import FAMILIES
+from families import FAMILIES, sd3_with_words
 from hasten import Recipe
 from hasten.bridge import folders
 from hasten.bridge.folders import ModelError
@@ -98,6 +98,17 @@ def test_broken_models_are_told_in_one_line(saved: Path, tmp_path: Path, fault: 
     with pytest.raises(ModelError, match=said) as error:
         folders.read(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_saved_without_its_further_text_encoders_is_read(tmp_path: Path) -> None:
+    pipe = sd3_with_words()
+    pipe.save_pretrained(tmp_path / "by-diffusers")
+    folders.write(pipe, tmp_path / "by-hasten")
+    for folder in tmp_path.iterdir():
+        again = folders.read(folder)
+        assert again.text_encoder_3 is None
+        assert again.tokenizer_3 is None
+        assert torch.equal(again.text_encoder_2.text_projection.weight, pipe.text_encoder_2.text_projection.weight)
 
 
 def test_wrong_places(tmp_path: Path) -> None:

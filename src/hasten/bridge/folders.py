@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
@@ -29,8 +32,7 @@ def read(model: str | os.PathLike[str], **kwargs: Any) -> DiffusionPipeline:
     """
     folder = Path(model)
     if folder.is_dir():
-        _look_over(folder)
-        kwargs["local_files_only"] = True
+        kwargs = _left_out(_look_over(folder)) | kwargs | {"local_files_only": True}
     elif folder.exists():
         raise ModelError(f"{model}: a file; give the folder of a diffusers pipeline (the one with model_index.json)")
     elif not _is_hub_id(str(model)):
@@ -85,15 +87,22 @@ def _is_hub_id(model: str) -> bool:
     return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/"))
 
 
-def _look_over(folder: Path) -> None:
-    """Finds the usual faults before diffusers does, to say them plainly."""
+def _left_out(parts: dict[str, Any]) -> dict[str, None]:
+    """Further text encoders that a pipeline may be saved without (SD3 without T5); `from_pretrained` must be told."""
+    wanted = inspect.signature(getattr(diffusers, str(parts.get("_class_name")), dict)).parameters
+    further = (n for n in wanted if re.fullmatch(r"(text_encoder|tokenizer)_\d", n))
+    return {n: None for n in further if not (parts.get(n) or [None])[0]}
+
+
+def _look_over(folder: Path) -> dict[str, Any]:
+    """Finds the usual faults before diffusers does, to say them plainly. Returns what model_index.json holds."""
     index = folder / "model_index.json"
     if not index.exists():
         raise ModelError(
             f"{folder}: has no model_index.json, so it is no diffusers pipeline; give the folder that has one"
         )
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{index}: cannot be read ({error}); download the pipeline again") from None
     for name, value in parts.items():
@@ -103,6 +112,7 @@ def _look_over(folder: Path) -> None:
         if not part.is_dir():
             raise ModelError(f"{folder}: the part {name!r} named in model_index.json is missing; download it again")
         _look_over_weights(part)
+    return parts
 
 
 def _look_over_weights(part: Path) -> None:

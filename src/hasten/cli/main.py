@@ -14,6 +14,9 @@ app = typer.Typer(
     "MODEL is an embedded name (emoji-flow), the folder of a diffusers pipeline, or a hub id (owner/name).",
 )  # fmt: skip
 
+INTERRUPTED = 130
+"""Exit code after SIGINT."""
+
 Model = Annotated[str, typer.Argument(help="embedded name, diffusers folder or hub id")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a recipe, YAML; see `hasten methods` for its words")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; where the pipeline runs")]
@@ -115,9 +118,10 @@ def main() -> None:
             raise
         sys.stderr.write(f"hasten: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("hasten: interrupted; run the same command again to go on\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's, without a word
+            sys.stderr.write("hasten: interrupted; run the same command again to go on\n")
+        raise
 
 
 def _expected(error: BaseException) -> bool:
