@@ -12,9 +12,9 @@ import typer
 from hasten.cli.main import app, main
 
 OPTIONS = {
-    "tune": ["budget_seconds", "device", "dry_run", "model", "out", "prompts", "quality", "seed", "trials"],
+    "tune": ["budget_seconds", "device", "dry_run", "features", "model", "out", "prompts", "quality", "seed", "trials"],
     "generate": ["device", "model", "out", "prompts", "recipe", "seed"],
-    "bench": ["count", "device", "model", "out", "pairs", "prompts", "recipe", "seed"],
+    "bench": ["count", "device", "features", "model", "out", "pairs", "prompts", "recipe", "seed"],
     "methods": ["json"],
     "train": ["autoencoder_steps", "device", "name", "out", "seed", "start", "steps"],
 }

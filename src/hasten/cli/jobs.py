@@ -14,12 +14,12 @@ from hasten import reference
 from hasten.api import accelerate
 from hasten.bridge import folders
 from hasten.bridge.drawing import draw, quiet
-from hasten.measure.features import efficientnet_lite0
 from hasten.measure.pictures import kept, pictures
 from hasten.recipe import Recipe
 from hasten.tune import bench as benching
 from hasten.tune import outputs
 from hasten.tune import tune as tuning
+from hasten.tune.features import features as feature_reader
 from hasten.tune.prompts import default_prompts, read_prompts
 from hasten.tune.subject import Task, untouched
 
@@ -37,7 +37,7 @@ def load(model: str, device: str | None) -> Any:
 
 def tune(
     model: str, quality: float, out: Path, trials: int, budget_seconds: float | None, prompts: Path | None, seed: int,
-    device: str | None, dry_run: bool,
+    features: str, device: str | None, dry_run: bool,
 ) -> None:  # fmt: skip
     """Loads, tunes, shows, writes; with `dry_run` says what would be tried."""
     console = Console()
@@ -52,7 +52,7 @@ def tune(
         return
     _writable(out)
     wanted = tuning.Wanted(quality, search, proof, trials, budget_seconds, seed)
-    outcome = tuning.tune(pipe, model, wanted, out, console)
+    outcome = tuning.tune(pipe, model, wanted, out, console, feature_reader(features, device))
     outputs.show(outcome, wanted, console)
     outputs.write(outcome, wanted, out, console)
 
@@ -86,6 +86,7 @@ def bench(
     prompts: Path | None,
     count: int,
     seed: int,
+    features: str,
     out: Path | None,
     device: str | None,
 ) -> None:
@@ -95,13 +96,11 @@ def bench(
     console = Console()
     wanted = Recipe.load(recipe)
     given = (read_prompts(prompts) if prompts else default_prompts(model))[:count]
-    pipe, features, task = load(model, device), efficientnet_lite0(), Task.of(given, seed)
+    pipe, read, task = load(model, device), feature_reader(features, device), Task.of(given, seed)
     with Progress(console=console) as bar:
         line = bar.add_task("pictures", total=3 * len(given) + 2 * (pairs + 2))
-        plain = untouched(pipe, task, features, 8, lambda n: bar.advance(line, n))
-        done = benching.bench(
-            pipe, wanted, task, plain, features, model, pairs=pairs, tick=lambda n: bar.advance(line, n)
-        )
+        plain = untouched(pipe, task, read, 8, lambda n: bar.advance(line, n))
+        done = benching.bench(pipe, wanted, task, plain, read, model, pairs=pairs, tick=lambda n: bar.advance(line, n))
     console.print(done.report.table())
     if out is not None:
         done.report.write(out)

@@ -20,6 +20,12 @@ INTERRUPTED = 130
 Model = Annotated[str, typer.Argument(help="embedded name, diffusers folder or hub id")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a recipe, YAML; see `hasten methods` for its words")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; where the pipeline runs")]
+Features = Annotated[
+    str,
+    typer.Option(
+        help="what quality is measured with: efficientnet-lite0; a CLIP or DINOv2 folder or hub id; Inception .pt"
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option(help="a text file, one prompt a line, 12 or more")]
 
 
@@ -32,6 +38,7 @@ def tune(
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="time for search and proof together, s")] = None,
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(min=0, help="of the search and of the pictures")] = 0,
+    features: Features = "efficientnet-lite0",
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be tried, and stop")] = False,
 ) -> None:
@@ -43,7 +50,7 @@ def tune(
     """
     from hasten.cli import jobs
 
-    jobs.tune(model, quality, out, trials, budget_seconds, prompts, seed, device, dry_run)
+    jobs.tune(model, quality, out, trials, budget_seconds, prompts, seed, features, device, dry_run)
 
 
 @app.command(rich_help_panel="With a recipe")
@@ -70,13 +77,14 @@ def bench(
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=12, help="prompts to measure quality on")] = 36,
     seed: Annotated[int, typer.Option(min=0, help="of the pictures")] = 0,
+    features: Features = "efficientnet-lite0",
     out: Annotated[Path | None, typer.Option(help="where the report goes, JSON")] = None,
     device: Device = None,
 ) -> None:
     """Measure a recipe against the untouched MODEL: speed in interleaved pairs beside quality, from one run."""
     from hasten.cli import jobs
 
-    jobs.bench(model, recipe, pairs, prompts, count, seed, out, device)
+    jobs.bench(model, recipe, pairs, prompts, count, seed, features, out, device)
 
 
 @app.command(rich_help_panel="What there is")
