@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from hasten.recipe import Recipe
 from hasten.tune import outputs, search, tune
 from hasten.tune.search import Found
 from hasten.tune.space import suggest
-from hasten.tune.subject import Task
+from hasten.tune.subject import Task, untouched
 
 PROMPTS = [f"prompt number {i} of a thing" for i in range(36)]
 
 
-def tiny() -> Any:
-    """SD3 in tiny, which takes 6 steps where nothing else is asked, so that a test takes seconds."""
+def tiny(steps: int = 6) -> Any:
+    """SD3 in tiny, which takes `steps` at most, so that a test takes seconds."""
     pipe = sd3_with_words()
     plain = pipe.scheduler.set_timesteps
-    pipe.scheduler.set_timesteps = lambda n=None, device=None, **more: plain(min(n or 6, 6), device=device, **more)
+    pipe.scheduler.set_timesteps = lambda n=None, device=None, **more: plain(min(n or steps, steps), device=device, **more)
     return pipe
 
 
@@ -144,7 +145,7 @@ def test_the_winner_is_written_whole_and_can_be_applied(tmp_path: Path) -> None:
     import hasten
 
     asked = wanted(3)
-    pipe = tiny()
+    pipe = tiny(28)  # a third of the steps is then faster on the busiest machine
     outcome = tune.tune(pipe, "tiny", asked, tmp_path, quietly(), Pixels())
     assert outcome.winner is not None, outcome.rejected
     outputs.write(outcome, asked, tmp_path, quietly())
@@ -177,6 +178,22 @@ def test_a_recipe_slower_than_predicted_is_rejected_with_the_reason(monkeypatch:
     slow = found(2.0, 0.99)
     tune._prove(bar, None, "x", slow, wanted(), outcome, Pixels())  # type: ignore[arg-type]
     assert outcome.winner is not None
+
+
+def test_a_recipe_below_the_floor_on_new_prompts_is_rejected_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    pipe, task = tiny(), Task.of(PROMPTS[:5], 1)
+    plain = untouched(pipe, task, Pixels(), 5, lambda n: None)
+    monkeypatch.setattr("hasten.tune.bench.compare", lambda *_: pytest.fail("timed"))
+    outcome = tune.Outcome(None, plain, task, [])
+    bar = SimpleNamespace(add_task=lambda *_, **__: 0, advance=lambda *_: None)
+    poor = dataclasses.replace(found(5.0, 0.99), recipe=Recipe(solver="euler", grid="uniform", steps=1))
+    tune._prove(bar, pipe, "x", poor, wanted(quality=0.999), outcome, Pixels())  # type: ignore[arg-type]
+    assert outcome.winner is None
+    assert "below 0.999; 0.990 in the search" in outcome.rejected[0][1]
 
 
 def test_nothing_is_chosen_where_nothing_holds_the_floor() -> None:

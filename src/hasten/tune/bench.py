@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ from hasten.recipe import Recipe
 from hasten.tune.subject import Drawn, Task, Tick, drawn
 
 
+class Poor(ArithmeticError):
+    """A recipe's quality is below the floor that was asked for."""
+
+
 @dataclass(frozen=True)
 class Benched:
     """A report and the pictures it was made from."""
@@ -36,7 +41,7 @@ class Benched:
 
 def bench(
     pipe: Any, recipe: Recipe, task: Task, plain: tuple[Drawn, Drawn], features: Features, name: str, *,
-    pairs: int = 10, tick: Tick = lambda n: None,
+    pairs: int = 10, floor: float = 0.0, tick: Tick = lambda n: None,
 ) -> Benched:  # fmt: skip
     """Measures `recipe` on a twin of `pipe`, which stays untouched.
 
@@ -44,13 +49,21 @@ def bench(
         plain: what the untouched pipeline made of the task (`subject.untouched`).
         name: of the pipeline, for the report.
         pairs: of untouched and recipe, one picture each, in turn.
+        floor: of quality; below it nothing is timed.
 
     Raises:
+        Poor: the quality is below the floor.
         NotFinite: the recipe's pictures are broken.
         Refused: one of its methods can't work here.
     """
     fast = quiet(twin(pipe))
+    a, b = plain
     with accelerate(fast, recipe):
+        first = _first(fast, task)
+        made = drawn(fast, task.prompts, task.seeds, features, 1, tick)
+        held = quality(a.features, b.features, made.features, torch.Generator().manual_seed(0))
+        if held.value < floor:
+            raise Poor(f"quality {held} on new prompts and seeds, below {floor}")
         slow_watch, fast_watch = Stopwatch(), Stopwatch()
         with slow_watch.install(pipe), fast_watch.install(fast):
             slow_seconds: list[float] = []
@@ -60,14 +73,11 @@ def bench(
                 _once(fast, task, fast_watch, fast_seconds, tick),
                 pairs,
             )
-            made = drawn(fast, task.prompts, task.seeds, features, 1, tick)
             one = (task.prompts[:1], task.seeds[:1])
             slow_peak = memory.peak(lambda: list(draw(pipe, *one)), networks(pipe).values())
             fast_peak = memory.peak(lambda: list(draw(fast, *one)), networks(fast).values())
             calls = slow_watch.calls, fast_watch.calls
     slow_seconds, fast_seconds = slow_seconds[-pairs:], fast_seconds[-pairs:]
-    a, b = plain
-    rng = torch.Generator().manual_seed(0)
     report = Report(
         recipe=recipe.to_dict(), pipeline=name,
         untouched=Cost(
@@ -77,12 +87,12 @@ def bench(
         ),
         tuned=Cost(
             seconds=Spread.of(paired.after), denoising_seconds=Spread.of(fast_seconds), calls=calls[1],
-            first_call_seconds=paired.first_after, flops=_flops(fast, recipe, one),
+            first_call_seconds=first, flops=_flops(fast, recipe, one),
             activation_bytes=fast_peak.activations, weight_bytes=fast_peak.weights,
         ),
         end_to_end=paired.speedup,
         denoising=Spread.of([s / f for s, f in zip(slow_seconds, fast_seconds, strict=True)]),
-        quality=quality(a.features, b.features, made.features, rng),
+        quality=held,
         psnr_db=float(fidelity.psnr(made.pictures, a.pictures).median()),
         feature_distance=float(fidelity.feature_distance(made.features, a.features).mean()),
         frechet=frechet_small(made.features, b.features), frechet_untouched=frechet_small(a.features, b.features),
@@ -90,6 +100,13 @@ def bench(
         features=features.name, machine=machine(),
     )  # fmt: skip
     return Benched(report, made.pictures)
+
+
+def _first(pipe: Any, task: Task) -> float:
+    """Seconds of a first picture: what is compiled is compiled now."""
+    began = time.perf_counter()
+    list(draw(pipe, task.prompts[:1], task.seeds[:1]))
+    return time.perf_counter() - began
 
 
 def _once(pipe: Any, task: Task, watch: Stopwatch, seconds: list[float], tick: Tick) -> Callable[[], None]:

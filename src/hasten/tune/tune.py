@@ -20,7 +20,7 @@ from hasten.bridge.drawing import NotFinite, quiet
 from hasten.measure.features import Features, efficientnet_lite0
 from hasten.method import Refused
 from hasten.recipe import Recipe
-from hasten.tune.bench import Benched, bench
+from hasten.tune.bench import Benched, Poor, bench
 from hasten.tune.search import Found, Search, faults, found
 from hasten.tune.subject import Drawn, Task, fingerprint, untouched
 
@@ -28,8 +28,9 @@ SLACK = 0.85
 """Share of the search's speed-up that must be there again when it is verified; less is "slower than predicted"."""
 
 
-STRIDE = 1.25
-"""Where the proof turned a recipe down, the next to prove is slower by this at least: one as fast is as doubtful."""
+STRIDE, HURRY = 1.1, 1.5
+"""Where the proof turned a recipe down, the next to prove is slower by this at least, for one as fast is as doubtful;
+and by the second where the budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def tune(
         outcome = Outcome(None, proof, proof_task, trials, refused=search.refused, failed=failed)
         turned_down = math.inf
         for candidate in candidates(trials, wanted.quality):
-            if candidate.speedup.median > turned_down / STRIDE:
+            rest = left()
+            if candidate.speedup.median > turned_down / (STRIDE if rest is None or rest > 0 else HURRY):
                 continue
             _prove(bar, pipe, name, candidate, wanted, outcome, features)
             if outcome.winner is not None:
@@ -124,10 +126,9 @@ def tune(
     return outcome
 
 
-def candidates(trials: Sequence[Found], floor: float, most: int = 12) -> list[Found]:
+def candidates(trials: Sequence[Found], floor: float) -> list[Found]:
     """Those that held the floor and beat the untouched pipeline in the search, fastest first."""
-    good = [t for t in trials if t.quality >= floor and t.speedup.median > 1]
-    return good[:most]
+    return [t for t in trials if t.quality >= floor and t.speedup.median > 1]
 
 
 def _prove(
@@ -136,19 +137,19 @@ def _prove(
     task = bar.add_task("proof", total=len(wanted.verify) + 2 * 12, note=headline(candidate.recipe))
     try:
         benched = bench(
-            pipe, candidate.recipe, outcome.task, outcome.plain, features, name, tick=lambda n: bar.advance(task, n)
-        )
+            pipe, candidate.recipe, outcome.task, outcome.plain, features, name, floor=wanted.quality,
+            tick=lambda n: bar.advance(task, n),
+        )  # fmt: skip
+    except Poor as reason:
+        outcome.rejected.append((headline(candidate.recipe), f"{reason}; {candidate.quality:.3f} in the search"))
+        return
     except (NotFinite, Refused, RuntimeError) as reason:
         outcome.rejected.append((headline(candidate.recipe), str(reason)))
         return
     report = benched.report
-    speed, value = report.denoising.median, report.quality.value
+    speed = report.denoising.median
     if speed < SLACK * candidate.speedup.median or report.denoising.low <= 1:
         why = f"slower than predicted: {report.denoising} where the search saw {candidate.speedup}"
-        outcome.rejected.append((headline(candidate.recipe), why))
-    elif value < wanted.quality:
-        why = f"quality {report.quality} on new prompts and seeds, below {wanted.quality}"
-        why += f"; {candidate.quality:.3f} in the search"
         outcome.rejected.append((headline(candidate.recipe), why))
     else:
         outcome.winner = benched
