@@ -138,6 +138,20 @@ def test_image_to_image_noises_to_the_first_node() -> None:
     assert torch.equal(scheduler.add_noise(x, eps, t), scheduler.scale_noise(x, t, eps))
 
 
+def test_a_newer_handles_solver_stands_in_for_an_older_ones_until_it_is_removed() -> None:
+    family = FAMILIES[2]
+    pipe, call = family.build(), family.call
+    older, newer = ({"solver": s, "grid": "uniform", "steps": 6} for s in ("euler", "dpmpp_2m"))
+    with hasten.accelerate(pipe, Recipe.from_dict(newer)):
+        alone = call(pipe)
+    with hasten.accelerate(pipe, Recipe.from_dict(older)):
+        first = call(pipe)
+        assert not torch.equal(first, alone)
+        with hasten.accelerate(pipe, Recipe.from_dict(newer)):
+            assert torch.equal(call(pipe), alone)
+        assert torch.equal(call(pipe), first)
+
+
 def test_user_arguments_win_over_the_recipe() -> None:
     family = FAMILIES[2]
     pipe = family.build()

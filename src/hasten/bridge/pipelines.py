@@ -54,7 +54,7 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
             done += [(f"{m.label()} on {name}", patch) for m, patch in apply_all(recipe.all_methods(), net)]
         done.append(("scheduler", _scheduler(pipe, recipe)))
         try:
-            known = process(pipe.scheduler.base if recipe.solver else pipe.scheduler)
+            known = process(_base(pipe.scheduler))
         except ValueError:
             known = None
         clock = Clock(known, type(pipe).__name__.startswith(TWO_CALLS))
@@ -72,10 +72,15 @@ def _scheduler(pipe: Any, recipe: Recipe) -> Patch:
         if recipe.solver is not None:
             solver = tree.function("solvers", recipe.solver)
             try:
-                patch.set(pipe, "scheduler", SolverScheduler(pipe.scheduler, solver, _lay(recipe)))
+                patch.set(pipe, "scheduler", SolverScheduler(_base(pipe.scheduler), solver, _lay(recipe)))
             except ValueError as error:
                 raise RecipeError(str(error)) from None
         return patch.keep()
+
+
+def _base(scheduler: Any) -> Any:
+    """The pipeline's own scheduler, also where an older handle has put a solver in its place."""
+    return scheduler.base if isinstance(scheduler, SolverScheduler) else scheduler
 
 
 def _lay(recipe: Recipe) -> Lay | None:
