@@ -30,7 +30,9 @@ def tiny(steps: int = 6) -> Any:
     """SD3 in tiny, which takes `steps` at most, so that a test takes seconds."""
     pipe = sd3_with_words()
     plain = pipe.scheduler.set_timesteps
-    pipe.scheduler.set_timesteps = lambda n=None, device=None, **more: plain(min(n or steps, steps), device=device, **more)
+    pipe.scheduler.set_timesteps = lambda n=None, device=None, **more: plain(
+        min(n or steps, steps), device=device, **more
+    )
     return pipe
 
 
