@@ -1,10 +1,12 @@
 """Timing pairs what it compares, and its ratios survive a machine that slows down."""
 
 import json
+import os
 
 import pytest
+import torch
 
-from hasten.measure.timing import Spread, compare
+from hasten.measure.timing import Spread, cold, compare
 
 
 class Machine:
@@ -105,3 +107,24 @@ def test_the_real_clock_tells_sleep():
 def test_says_what_it_wants(settings):
     with pytest.raises(ValueError, match="must be 1 or more"):
         compare(lambda: None, lambda: None, **settings)
+
+
+def test_in_the_cold_what_was_compiled_is_compiled_again():
+    """With a backend that counts, and a folder for what inductor keeps that was empty."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+        return graph.forward
+
+    compiled = torch.compile(lambda x: (x.sin() + 1).cos() * 3, backend=backend)
+    compiled(torch.ones(8))
+    compiled(torch.ones(8))
+    assert len(seen) == 1
+    with cold():
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert os.listdir(folder) == []
+        compiled(torch.ones(8))
+    assert seen[1:] == [folder]
+    assert not os.path.exists(folder)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == seen[0] != folder

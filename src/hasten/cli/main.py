@@ -104,7 +104,7 @@ def train(
     out: Annotated[Path, typer.Option(help="folder for checkpoints, sample grids and the pipeline")] = Path(
         "emoji-flow"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="of the transformer; 64 pictures each")] = 12_000,
+    steps: Annotated[int, typer.Option(min=1, help="of the transformer; 64 pictures each")] = 6_000,
     autoencoder_steps: Annotated[int, typer.Option(min=1, help="of the autoencoder; 32 pictures each")] = 4_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,

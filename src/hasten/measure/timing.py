@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,6 +130,17 @@ def compare(
         for side in (0, 1) if i % 2 == 0 else (1, 0):
             seconds[side].append(timed((before, after)[side]))
     return Paired(tuple(seconds[0]), tuple(seconds[1]), *firsts)
+
+
+@contextmanager
+def cold() -> Iterator[None]:
+    """What runs inside compiles as if nothing had been compiled before, in this process or on this disk. What was
+    compiled before is forgotten: time other things first."""
+    from torch._inductor.utils import fresh_inductor_cache
+
+    torch._dynamo.reset()
+    with fresh_inductor_cache():
+        yield
 
 
 def _wait() -> None:
