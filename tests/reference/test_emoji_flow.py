@@ -11,9 +11,10 @@ import torch
 
 import hasten
 from hasten import Recipe, reference
+from hasten.bridge import small_sd3
 from hasten.bridge.drawing import draw, quiet
 from hasten.reference import emoji
-from hasten.reference.training import psnr
+from hasten.reference.training import captions, psnr
 
 
 def test_data_is_whole_and_named() -> None:
@@ -28,6 +29,16 @@ def test_data_is_whole_and_named() -> None:
     assert emoji.weights().sum() == pytest.approx(1911 + 1875 / 6)
     data = Path(emoji.__file__).parent / "data"
     assert sum(f.stat().st_size for f in data.iterdir()) < 12e6
+
+
+def test_a_resumed_training_reads_the_words_of_the_first_run(tmp_path: Path) -> None:
+    first = small_sd3.kept_tokenizer(tmp_path / "tokenizer", captions)
+    again = small_sd3.kept_tokenizer(tmp_path / "tokenizer", lambda: pytest.fail("learned anew"))
+    assert first.get_vocab() == again.get_vocab()
+    texts = ["a red apple", "Flagge: Österreich", "火", ""]
+    ids = [t(texts, padding="max_length", truncation=True).input_ids for t in (first, again)]
+    assert ids[0] == ids[1]
+    assert {len(row) for row in ids[0]} == {16}
 
 
 def test_captions_are_drawn_from_a_generator_alone() -> None:

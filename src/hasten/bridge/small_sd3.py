@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -79,6 +80,16 @@ def tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     learned = base.train_new_from_iterator(captions, VOCABULARY)
     learned.model_max_length = LENGTH
     return learned
+
+
+def kept_tokenizer(folder: Path, captions: Callable[[], Iterable[str]]) -> CLIPTokenizer:
+    """The tokenizer kept in `folder`, learned there on the first run: learning breaks ties at random, so a second one
+    numbers its words anew, and a resumed run would read other words than it was trained on."""
+    if not folder.exists():
+        fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+        tokenizer(captions()).save_pretrained(fresh)
+        fresh.rename(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def autoencoder() -> AutoencoderTiny:

@@ -41,7 +41,7 @@ def train_pipeline(
         pipe = folders.read(start)
     else:
         vae = train_autoencoder(out / "autoencoder", pixels, autoencoder_steps, seed, device)
-        pipe = small_sd3.pipeline(small_sd3.tokenizer(captions()), vae)
+        pipe = small_sd3.pipeline(small_sd3.kept_tokenizer(out / "tokenizer", captions), vae)
 
     def look(step: int, nets: dict[str, nn.Module]) -> None:
         sheet(pipe, out / f"grid-{step:06d}.png")

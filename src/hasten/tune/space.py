@@ -103,12 +103,14 @@ def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
     shifted: dict[str, Any] = {"grid": "shifted", "grid.shifted.shift": 2.0}
     half = {"guidance.interval": True, "guidance.interval.low": 0.15, "guidance.interval.high": 0.95}
     half = half if "guidance.interval" in labels else {}
+    late: dict[str, Any] = {"grid": "shifted", "grid.shifted.shift": 0.6}
     tries: tuple[tuple[float, str, dict[str, Any]], ...] = (
         (0.3, "dpmpp_2m", shifted),
-        (0.3, "dpmpp_2m", shifted | half),
-        (0.4, "dpmpp_2m", plain | half),
+        (0.36, "dpmpp_2m", plain | half),
+        (0.36, "euler", late),
         (0.3, "unipc", shifted),
-        (0.36, "ipndm", shifted | half),
+        (0.4, "euler", plain | half),
+        (0.43, "euler", late),
         (0.5, "dpmpp_2m", plain),
     )
     return [{"solver": s, "calls": max(4, round(most_steps * share)), **sure, **more} for share, s, more in tries]
