@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUT ?= out
-BUDGET ?= 240
+BUDGET ?= 330
 CODE := src tests benchmarks scripts
 
 # quiet, but for what goes wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def test_shift_is_the_papers_and_diffusers(shift: float) -> None:
     assert torch.allclose(torch.tensor(shifted(Flow(), 7, shift=shift)), peer.sigmas, atol=1e-6)
     t = 0.3
     assert shifted(Flow(), 10, shift=shift)[7] == pytest.approx(shift * t / (1 + (shift - 1) * t))
+
+
+def test_shifted_times_stay_within_the_path_whatever_the_shift() -> None:
+    for i in range(1, 2000):
+        times = shifted(Flow(), 7, shift=i / 100)
+        assert times[0] == 1
+        assert times[-1] == 0
+        assert all(a > b for a, b in pairwise(times))
 
 
 @pytest.mark.system("sd3")

@@ -16,5 +16,5 @@ def shifted(
     shift: Annotated[float, Field(gt=0, le=20, json_schema_extra={"log": True, "low": 0.3})] = 3.0,
 ) -> list[float]:
     """t -> s t / (1 + (s - 1) t) of even times; s = 1 leaves them. Esser et al. 2024, arXiv:2403.03206 eq. 23."""
-    even = [1 - i / steps for i in range(steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in even]
+    even = [1 - i / steps for i in range(1, steps + 1)]
+    return [1.0, *(shift * t / (1 + (shift - 1) * t) for t in even)]  # 1 exactly: rounding could lead past it

@@ -12,10 +12,12 @@ from typing import Any
 
 import optuna
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hasten import tree
 from hasten.bridge.drawing import NotFinite, quiet
 from hasten.measure.features import Features, efficientnet_lite0
 from hasten.method import Refused
@@ -187,22 +189,27 @@ def _searched(
 
 
 def headline(r: Recipe) -> str:
-    """A recipe in a few words: solver, steps, methods."""
+    """A recipe in a few words: solver, steps, grid, methods (without their room where no other is called so)."""
     grid = r.grid if isinstance(r.grid, str) else next(iter(r.grid)) if isinstance(r.grid, dict) else "times"
-    return f"{r.solver} {r.steps} {grid} " + " ".join(_settings(m) for m in r.all_methods())
+    return " ".join([f"{r.solver} {r.steps} {grid}", *(_settings(m) for m in r.all_methods())])
 
 
 def _settings(m: Any) -> str:
     dumped = {k: round(v, 2) if isinstance(v, float) else v for k, v in m.model_dump().items()}
-    return m.label() + ("(" + ",".join(str(v) for v in dumped.values()) + ")" if dumped else "")
+    short = m.label().split(".")[1]
+    alike = sum(label.split(".")[1] == short for label in tree.methods())
+    return (short if alike == 1 else m.label()) + (
+        "(" + ",".join(str(v) for v in dumped.values()) + ")" if dumped else ""
+    )
 
 
 def table(outcome: Outcome, most: int = 8) -> Table:
     """The search's best, beside each other: what they are, how fast, how good."""
     every = outcome.trials
     front = [t for t in every if not any(o.speedup.median > t.speedup.median and o.quality > t.quality for o in every)]
-    view = Table(title="fastest recipes at each quality, as the search saw them", title_justify="left")
-    view.add_column("recipe")
+    title = "fastest recipes at each quality, as the search saw them"
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("recipe", min_width=20)
     for column in ("calls", "s an image", "speed-up", "quality", "PSNR", "Fréchet"):
         view.add_column(column, justify="right", no_wrap=True)
     for t in front[:most]:
