@@ -30,7 +30,7 @@ SLACK = 0.85
 """Share of the search's speed-up that must be there again when it is verified; less is "slower than predicted"."""
 
 
-STRIDE, HURRY = 1.1, 1.5
+STRIDE, HURRY = 1.05, 1.5
 """Where the proof turned a recipe down, the next to prove is slower by this at least, for one as fast is as doubtful;
 and by the second where the budget is spent."""
 
