@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler, which counts memory, writes over the progress
 
 app = typer.Typer(
     name="hasten", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
