@@ -95,7 +95,7 @@ def test_a_broken_picture_has_nan_and_no_other_has(clip: Path) -> None:
 def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, clip: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.pt").write_bytes(b"nothing")
-    for given in ("empty", "x.pt", "none.pt"):
+    for given in ("empty", "x.pt", "none.pt", "none"):
         with pytest.raises(ModelError, match=given) as told:
             features(str(tmp_path / given))
         assert "\n" not in str(told.value)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hasten.bridge.folders import ModelError
+from hasten.bridge.folders import ModelError, is_hub_id
 
 CLIP, DINO = ("clip", "clip_vision_model"), ("dinov2", "dinov2_with_registers")
 
@@ -52,7 +52,12 @@ def encoder(model: str, device: str | torch.device = "cpu") -> Read:
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-    local = {"local_files_only": True} if Path(model).exists() else {}
+    here = Path(model).exists()
+    if not here and not is_hub_id(model):
+        raise ModelError(
+            f"{model}: no such folder; give a CLIP or DINOv2 folder, a hub id (owner/name) or an Inception .pt"
+        )
+    local = {"local_files_only": True} if here else {}
     try:
         kind = AutoConfig.from_pretrained(model, **local).model_type
         if kind not in (*CLIP, *DINO):

@@ -35,7 +35,7 @@ def read(model: str | os.PathLike[str], **kwargs: Any) -> DiffusionPipeline:
         kwargs = _left_out(_look_over(folder)) | kwargs | {"local_files_only": True}
     elif folder.exists():
         raise ModelError(f"{model}: a file; give the folder of a diffusers pipeline (the one with model_index.json)")
-    elif not _is_hub_id(str(model)):
+    elif not is_hub_id(str(model)):
         raise ModelError(f"{model}: no such folder; give a diffusers folder, a hub id (owner/name) or an embedded name")
     try:
         return DiffusionPipeline.from_pretrained(str(model), use_safetensors=True, **kwargs)
@@ -82,7 +82,8 @@ def _name_absent_parts(pipe: DiffusionPipeline, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether it can name a model on the hub: owner/name, and nothing else."""
     owner, slash, name = model.partition("/")
     return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/"))
 
