@@ -118,7 +118,7 @@ class Report:
         table = Table(caption=self.footnote(), caption_justify="left", title_justify="left")
         table.add_column("", no_wrap=True)
         for name in ("untouched", "recipe", "gain"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")  # a narrow terminal breaks at the spread, and cuts nothing off
         for row in self.rows():
             table.add_row(*row)
         return table
