@@ -34,7 +34,7 @@ def train_pipeline(
     """Trains everything, or, from `start`, goes on with its transformer and text encoders; writes a diffusers
     pipeline in half precision to `out`/pipeline and a sample grid at every checkpoint.
 
-    About 25 minutes on two CPU cores for the autoencoder and two seconds a step for the rest; resumes from `out`.
+    Hours on two CPU cores; resumes from `out`.
     """
     pixels = emoji.pictures().float() / 127.5 - 1
     if start is not None:
