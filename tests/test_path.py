@@ -11,7 +11,11 @@ from torch import Tensor
 from hasten import tree
 from hasten.denoiser import Prediction, Target, denoiser
 from hasten.grid import Grid, Node, at, build
-from hasten.path import Exploding, Flow, Path, Preserving, Tabulated, lam
+from hasten.path import Path, lam
+from hasten.paths.edm import EDM
+from hasten.paths.flow import Flow
+from hasten.paths.preserving import Preserving
+from hasten.paths.tabulated import Tabulated
 
 
 def scaled_linear(steps: int = 1000) -> tuple[float, ...]:
@@ -29,7 +33,7 @@ def zero_terminal() -> tuple[float, ...]:
 
 PATHS: dict[str, Path] = {
     "flow": Flow(),
-    "exploding": Exploding(),
+    "edm": EDM(),
     "preserving": Preserving(),
     "tabulated": Tabulated(scaled_linear()),
     "tabulated to pure noise": Tabulated(zero_terminal()),
@@ -71,7 +75,7 @@ def test_variance_is_preserved(name: str) -> None:
 def test_each_path_is_what_it_says() -> None:
     t = INSIDE
     assert torch.equal(Flow().alpha(t) + Flow().sigma(t), torch.ones_like(t))
-    assert torch.equal(Exploding(7.0).sigma(t), 7 * t)
+    assert torch.equal(EDM(7.0).sigma(t), 7 * t)
     # beta(t) = b0 + t (b1 - b0), and alpha' = -beta alpha / 2: the SDE that the closed form solves
     path, h = Preserving(), 1e-5
     slope = (path.alpha(t + h) - path.alpha(t - h)) / (2 * h)
@@ -90,7 +94,7 @@ def test_a_table_is_met_at_its_steps_and_bad_ones_are_refused() -> None:
             Tabulated(bad)
 
 
-@pytest.mark.parametrize("path", [Flow(), Exploding(), Preserving()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("path", [Flow(), EDM(), Preserving()], ids=lambda p: type(p).__name__)
 def test_ends(path: Path) -> None:
     zero = torch.zeros((), dtype=torch.float64)
     assert lam(path, zero) == math.inf
@@ -184,7 +188,7 @@ def test_spacings_are_even_in_what_they_name() -> None:
     lams = [n.lam for n in build(Flow(), tree.function("grids", "log_snr"), 12, low=-2.0, high=4.0).nodes[1:-1]]
     assert torch.tensor(lams, dtype=torch.float64).diff(n=2).abs().max() < 1e-10
     assert (round(lams[0], 9), round(lams[-1], 9)) == (-2.0, 4.0)
-    nodes = build(Exploding(30.0), tree.function("grids", "karras"), 12, rho=7.0, smallest=0.05).nodes[:-1]
+    nodes = build(EDM(30.0), tree.function("grids", "karras"), 12, rho=7.0, smallest=0.05).nodes[:-1]
     roots = torch.tensor([(n.sigma / n.alpha) ** (1 / 7.0) for n in nodes], dtype=torch.float64)
     assert roots.diff(n=2).abs().max() < 1e-10
     assert abs(nodes[-1].sigma / nodes[-1].alpha - 0.05) < 1e-12
@@ -197,7 +201,7 @@ def outputs(x0: Tensor, eps: Tensor, n: Node) -> dict[Target, Tensor]:
 
 
 @pytest.mark.parametrize("t", [0.99, 0.6, 0.05])
-@pytest.mark.parametrize("path", [Flow(), Exploding(5.0), Preserving()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("path", [Flow(), EDM(5.0), Preserving()], ids=lambda p: type(p).__name__)
 def test_all_targets_read_alike(path: Path, t: float) -> None:
     x0, eps = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     n = at(path, [t, 0.0]).nodes[0]

@@ -13,7 +13,7 @@ from families import FAMILIES
 from hasten import Recipe
 from hasten.grids.shifted import shifted
 from hasten.objectives.pretrain.flow_matching import logit_normal
-from hasten.path import Flow
+from hasten.paths.flow import Flow
 
 SD3 = FAMILIES[2]
 

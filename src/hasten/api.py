@@ -59,7 +59,7 @@ class Handle:
 
 def _headline(recipe: Recipe) -> str:
     parts = [
-        recipe.solver,
+        recipe.solver if recipe.solver is None else recipe.solving().name,
         f"{recipe.steps} steps" if recipe.steps else None,
         *(m.label() for m in recipe.all_methods()),
     ]

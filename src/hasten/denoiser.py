@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hasten.grid import Node
+from hasten.grid import Node, nodes
+from hasten.path import Path
 
 Target = Literal["x0", "eps", "v", "flow", "score"]
 
@@ -25,6 +27,8 @@ class Prediction:
     Attributes:
         one, other: x0 and eps, or the two tensors that they are made of.
         of_x0, of_eps: shares of `one` and `other`.
+        spread: what a network with a learned variance says of it, in [-1, 1] from the posterior's to beta; else None.
+            Nichol & Dhariwal 2021, arXiv:2102.09672 eq. 15.
     """
 
     x: Tensor
@@ -32,6 +36,7 @@ class Prediction:
     other: Tensor
     of_x0: tuple[float, float] = (1.0, 0.0)
     of_eps: tuple[float, float] = (0.0, 1.0)
+    spread: Tensor | None = None
 
     @property
     def x0(self) -> Tensor:
@@ -101,10 +106,76 @@ Denoiser = Callable[[Tensor, Node], Prediction]
 """Network, target and guidance as one function; a guidance takes one or two and is one."""
 
 
-def denoiser(network: Callable[[Tensor, Tensor], Tensor], target: Target) -> Denoiser:
-    """Reads `network(x, t)` as predictions; x is [B, ...], t is [B] in [0, 1]."""
+@dataclass(frozen=True)
+class denoiser:
+    """Reads `network(x, t)` as predictions; x is [B, ...], t is [B] in [0, 1]. A Denoiser that also answers many times
+    in one network call, and derivatives along a line.
+
+    Attributes:
+        network: (x, t) -> [B, ...].
+        target: what it says.
+    """
+
+    network: Callable[[Tensor, Tensor], Tensor]
+    target: Target
+
+    def __call__(self, x: Tensor, n: Node) -> Prediction:
+        t = torch.full(x.shape[:1], n.t, dtype=x.dtype, device=x.device)
+        return Prediction.of(self.target, self.network(x, t), x, n)
+
+    def many(self, xs: Tensor, nodes: Sequence[Node]) -> list[Prediction]:
+        """Of xs [K, B, ...], each at its own node, from one network call on K B rows."""
+        times = torch.tensor([n.t for n in nodes], dtype=xs.dtype, device=xs.device)
+        out = self.network(xs.flatten(0, 1), times.repeat_interleave(xs.shape[1])).unflatten(0, xs.shape[:2])
+        return [Prediction.of(self.target, o, x, n) for o, x, n in zip(out, xs, nodes, strict=True)]
+
+    def jet(self, x: Tensor, n: Node, dx: Callable[[Prediction], Tensor], dt: float) -> tuple[Prediction, Tensor]:
+        """The prediction, and d eps / ds where x moves as dx(prediction) and t as `dt` by ds: one call, and one in
+        forward mode."""
+        t = x.new_full(x.shape[:1], n.t)
+        p = self(x, n)
+        along = dx(p)
+        with torch.inference_mode(False):  # forward mode is off there
+            point, change = (x.clone(), t), (along.clone(), torch.full_like(t, dt))
+            out, moved = torch.func.jvp(self.network, point, change)  # type: ignore[misc]
+        of_x, of_out = _eps_shares(self.target, n.alpha, n.sigma)
+        slope = _slope(lambda a, s: _eps_shares(self.target, a, s), n, dt)
+        return p, slope[0] * x + of_x * along + slope[1] * out + of_out * moved
+
+
+def _eps_shares(target: Target, a: float, s: float) -> tuple[float, float]:
+    """eps as shares of (x, what the network said)."""
+    zero = torch.zeros(())
+    return Prediction.of(target, zero, zero, Node(0.0, a, s, 0.0, 0.0, 0.0)).of_eps
+
+
+def _slope(f: Callable[[float, float], tuple[float, float]], n: Node, dt: float) -> tuple[float, float]:
+    """d f / ds of two numbers on the path at n, by central differences in float64: f is a ratio of low degree."""
+    h = 1e-5 * min(1.0, n.sigma / max(abs(n.dsigma * dt), 1e-30), n.alpha / max(abs(n.dalpha * dt), 1e-30))
+    da, ds = n.dalpha * dt * h, n.dsigma * dt * h
+    up, down = f(n.alpha + da, n.sigma + ds), f(n.alpha - da, n.sigma - ds)
+    return (up[0] - down[0]) / (2 * h), (up[1] - down[1]) / (2 * h)
+
+
+def on_path(denoise: Denoiser, trained: Path) -> Denoiser:
+    """A denoiser of the path `trained`, asked on any other: where both have the same lam they see the same picture, up
+    to a scale. Karras et al. 2022, arXiv:2206.00364 sec. 3; Kingma et al. 2021, arXiv:2107.00630 sec. 5.1.
+
+    Raises:
+        ValueError: when asked at a lam that the trained path does not reach.
+    """
+
+    @lru_cache(maxsize=4096)
+    def own(lam: float) -> Node:
+        t = float(trained.time(torch.tensor(lam, dtype=torch.float64)))
+        if not -1e-9 <= t <= 1 + 1e-9:
+            raise ValueError(f"lam = {lam:.3f} lies outside the path that the network was trained on (t = {t:.4f})")
+        return nodes(trained, [min(1.0, max(0.0, t))])[0]
 
     def ask(x: Tensor, n: Node) -> Prediction:
-        return Prediction.of(target, network(x, torch.full(x.shape[:1], n.t, dtype=x.dtype, device=x.device)), x, n)
+        at = own(n.lam)
+        scale = at.sigma / n.sigma if n.alpha < n.sigma else at.alpha / n.alpha
+        p = denoise(x * scale, at)
+        return Prediction(x, p.x0, p.eps)
 
     return ask

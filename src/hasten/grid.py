@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -35,12 +35,19 @@ class Node:
         """No noise is left: the sample is alpha x0."""
         return self.sigma == 0
 
+    @property
+    def diffusion(self) -> float:
+        """g^2 of the forward SDE dx = f x dt + g dw that has these marginals, 2 sigma (sigma' - sigma alpha' / alpha);
+        infinite at pure noise. Kingma et al. 2021, arXiv:2107.00630 eq. 20 of the appendix."""
+        return 2 * self.sigma * (self.dsigma - self.sigma * self.dalpha / self.alpha) if self.alpha else math.inf
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Nodes in falling t, at least two."""
+    """Nodes in falling t, at least two, and the path they lie on, for solvers that also ask in between."""
 
     nodes: tuple[Node, ...]
+    path: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         times = [n.t for n in self.nodes]
@@ -53,7 +60,25 @@ class Grid:
 
     def since(self, index: int) -> Grid:
         """The grid from node `index` on."""
-        return Grid(self.nodes[index:])
+        return Grid(self.nodes[index:], self.path)
+
+    def between(self, share: float) -> tuple[Node | None, ...]:
+        """Of each step the node `share` of the way in lam; None where lam is infinite at an end of the step."""
+        ends = [(a.lam, b.lam) for a, b in self.steps()]
+        lams = [a + share * (b - a) if math.isfinite(a) and math.isfinite(b) else None for a, b in ends]
+        found = iter(self.met([lam for lam in lams if lam is not None]))
+        return tuple(None if lam is None else next(found) for lam in lams)
+
+    def met(self, lams: Sequence[float]) -> tuple[Node, ...]:
+        """Nodes of the path at these lam.
+
+        Raises:
+            ValueError: the grid was made of nodes alone.
+        """
+        if self.path is None:
+            raise ValueError("this solver asks between the times of its grid: make the grid with grid.at(path, times)")
+        times = self.path.time(torch.tensor(list(lams), dtype=torch.float64)).clamp(0, 1).tolist()
+        return nodes(self.path, times) if times else ()
 
     def __len__(self) -> int:
         return len(self.nodes) - 1
@@ -61,6 +86,11 @@ class Grid:
 
 def at(path: Path, times: Sequence[float]) -> Grid:
     """The grid that visits `times`, [steps + 1] falling in [0, 1], computed in float64."""
+    return Grid(nodes(path, times), path)
+
+
+def nodes(path: Path, times: Sequence[float]) -> tuple[Node, ...]:
+    """Nodes of a path, in any order. Raises ValueError for times outside [0, 1]."""
     if not all(0 <= t <= 1 for t in times):
         raise ValueError(f"times lie in [0, 1], 1 is noise; got {list(times)}")
     with torch.inference_mode(False), torch.enable_grad():  # pipelines run with gradients off
@@ -79,7 +109,7 @@ def at(path: Path, times: Sequence[float]) -> Grid:
         return math.inf if s == 0 else -math.inf if a == 0 else math.log(a / s)
 
     rows = zip(times, alpha.tolist(), sigma.tolist(), *slopes, strict=True)
-    return Grid(tuple(Node(float(t), a, s, ratio(a, s), da, ds) for t, a, s, da, ds in rows))
+    return tuple(Node(float(t), a, s, ratio(a, s), da, ds) for t, a, s, da, ds in rows)
 
 
 Spacing = Callable[..., Sequence[float]]

@@ -9,7 +9,7 @@ from pathlib import Path as File
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from hasten import tree
@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     """Every part is optional; what is absent stays as the pipeline has it.
 
     Attributes:
-        solver: name of a file in `solvers/`.
+        solver: name of a file in `solvers/`, or {name: settings}.
         grid: name of a file in `grids/`, {name: settings}, or the times themselves, falling from 1 to 0.
         steps: steps of the solver.
         methods: applied in order of their stage.
@@ -54,32 +54,27 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     hasten: Literal[1] = 1
-    solver: str | None = None
+    solver: str | dict[str, dict[str, Any]] | None = None
     grid: str | dict[str, dict[str, Any]] | tuple[float, ...] | None = None
     steps: int | None = Field(None, ge=1, le=10_000, strict=True)
     guidance: Guidance = Field(default_factory=lambda: Guidance.model_validate({}))
     methods: tuple[Method, ...] = ()
 
-    @field_validator("solver")
+    @field_validator("solver", "grid", mode="before")
     @classmethod
-    def _solver_exists(cls, value: str | None) -> str | None:
-        if value is not None:
-            tree.function("solvers", value)
-        return value
-
-    @field_validator("grid", mode="before")
-    @classmethod
-    def _read_grid(cls, value: Any) -> Any:
+    def _read_named(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, dict):
             if len(value) != 1:
-                raise ValueError(f"a grid is one name with its settings; given {list(value)}")
+                raise ValueError(f"a {info.field_name} is one name with its settings; given {list(value)}")
             ((name, settings),) = value.items()
             return {str(name): _mapping(str(name), settings)}
-        if isinstance(value, list | tuple) and all(type(t) in (int, float) for t in value):
+        times = isinstance(value, list | tuple) and all(type(t) in (int, float) for t in value)
+        if times and info.field_name == "grid":
             return tuple(float(t) for t in value)
         if value is None or isinstance(value, str):
             return value
-        raise ValueError(f"a grid is a name, a name with its settings, or a list of times; given {value!r:.80}")
+        more = ", or a list of times" if info.field_name == "grid" else ""
+        raise ValueError(f"a {info.field_name} is a name, a name with its settings{more}; given {value!r:.80}")
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -90,6 +85,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
+        self.solving()
         if self.grid is not None and self.solver is None:
             raise ValueError("a grid needs a solver; add `solver: ddim` to keep close to the usual one")
         if isinstance(self.grid, tuple):
@@ -113,17 +109,14 @@ class Recipe(BaseModel):
             found.append(tree.method("guidance.interval")(low=low, high=high))  # type: ignore[call-arg]
         return sorted(found, key=lambda m: m.stage)
 
+    def solving(self) -> Any:
+        """The solver with its settings; None where the recipe has none."""
+        found = _named("solvers", self.solver)
+        return None if found is None else found[0].given(**found[1])
+
     def spacing(self) -> tuple[Spacing, dict[str, Any]] | None:
         """The grid's function and settings; None where the grid is absent or a list of times."""
-        if self.grid is None or isinstance(self.grid, tuple):
-            return None
-        named = {self.grid: {}} if isinstance(self.grid, str) else self.grid
-        ((name, settings),) = named.items()
-        found = tree.function("grids", name)
-        try:
-            return found, tree.checked(found, settings)
-        except ValidationError as error:
-            raise ValueError(f"{name}: {_one_line(error, tree.settings(found))}") from None
+        return None if isinstance(self.grid, tuple) else _named("grids", self.grid)
 
     def apply(self, model: nn.Module) -> list[tuple[Method, Patch]]:
         """Applies the methods to a bare network; whoever drives the loop sets the `Moment`.
@@ -196,6 +189,18 @@ class _Strict(yaml.SafeLoader):
         if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _named(room: str, given: str | dict[str, dict[str, Any]] | None) -> tuple[Any, dict[str, Any]] | None:
+    """What stands in `room` under a name, and its checked settings."""
+    if given is None:
+        return None
+    ((name, settings),) = ({given: {}} if isinstance(given, str) else given).items()
+    found = tree.function(room, name)
+    try:
+        return found, tree.checked(found, settings)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {_one_line(error, tree.settings(found))}") from None
 
 
 def _read_method(item: Any) -> Method:

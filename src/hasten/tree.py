@@ -62,6 +62,7 @@ def _method_in(module: str) -> type[Method] | None:
 
 def settings(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
     """Keyword-only settings of a solver, grid or guidance: name -> (type, default, pydantic field or None)."""
+    function = getattr(function, "run", function)  # of a solver, its generator
     hints = get_type_hints(function, include_extras=True)
     found = {}
     for name, p in inspect.signature(function).parameters.items():
@@ -74,6 +75,7 @@ def settings(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, Any]]:
 
 def checked(function: Callable[..., Any], given: dict[str, Any] | None) -> dict[str, Any]:
     """The settings `given` for a function, validated against the ranges it declares. Raises ValueError in one line."""
+    function = getattr(function, "run", function)
     hints = get_type_hints(function, include_extras=True)
     shape: dict[str, Any] = {n: (hints[n], default) for n, (_, default, _) in settings(function).items()}
     model = create_model(function.__name__, __config__=ConfigDict(extra="forbid"), **shape)

@@ -10,7 +10,7 @@ from families import FAMILIES, Family
 from hasten import Recipe
 from hasten.grid import at
 from hasten.guidance.cfg import cfg
-from hasten.path import Flow
+from hasten.paths.flow import Flow
 from hasten.reference.laws import Gaussian
 
 GRID = at(Flow(), [0.8, 0.5, 0.1])

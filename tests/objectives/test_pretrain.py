@@ -36,7 +36,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         from hasten.grid import at
-        from hasten.path import Flow
+        from hasten.paths.flow import Flow
         from hasten.reference.laws import Gaussian
 
         out = []

@@ -9,12 +9,15 @@ import torch
 
 from hasten import tree
 from hasten.grid import Grid, at
-from hasten.path import Exploding, Flow, Path, Preserving, lam
+from hasten.path import Path, lam
+from hasten.paths.edm import EDM
+from hasten.paths.flow import Flow
+from hasten.paths.preserving import Preserving
 from hasten.reference.laws import Gaussian, Mixture
 from hasten.solvers.drive import solve
 
 SOLVERS = tree.functions("solvers")
-PATHS = [Flow(), Exploding(5.0), Preserving()]
+PATHS = [Flow(), EDM(5.0), Preserving()]
 LAWS = [Gaussian(), Mixture()]
 X = torch.tensor([-1.3, 0.2, 2.1], dtype=torch.float64)
 

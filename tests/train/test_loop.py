@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hasten.grid import at
 from hasten.objectives.pretrain.flow_matching import FlowMatching
-from hasten.path import Flow
+from hasten.paths.flow import Flow
 from hasten.reference.laws import Mixture
 from hasten.train.ema import Ema
 from hasten.train.loop import train

@@ -9,7 +9,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from hasten import tree
 from hasten.bridge.clock import Clock
 from hasten.bridge.process import process
 from hasten.bridge.scheduler import Lay, SolverScheduler
@@ -69,8 +68,8 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
 
 def _scheduler(pipe: Any, recipe: Recipe) -> Patch:
     with Patch() as patch:
-        if recipe.solver is not None:
-            solver = tree.function("solvers", recipe.solver)
+        solver = recipe.solving()
+        if solver is not None:
             try:
                 patch.set(pipe, "scheduler", SolverScheduler(_base(pipe.scheduler), solver, _lay(recipe)))
             except ValueError as error:
@@ -120,6 +119,8 @@ def _defaults(pipe: Any, recipe: Recipe, clock: Clock) -> Patch:
         default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
         scale = kwargs.get("guidance_scale", given.get("guidance_scale", default))
         clock.guided = scale is not None and scale > 1
+        if isinstance(self.scheduler, SolverScheduler):
+            self.scheduler.generator = given.get("generator")
         return plain(self, *args, **kwargs)
 
     with Patch() as patch:

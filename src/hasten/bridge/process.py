@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from hasten.denoiser import Target
-from hasten.path import Flow, Path, Tabulated
+from hasten.path import Path
+from hasten.paths.flow import Flow
+from hasten.paths.tabulated import Tabulated
 
 TARGETS: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 

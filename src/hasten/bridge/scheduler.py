@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.bridge.process import planned, process
+from hasten.brownian import Brownian
 from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node, at
 from hasten.path import Path
@@ -30,11 +31,14 @@ class SolverScheduler:
         base: the scheduler it stands in for; it gives configuration, path and, where no grid is laid, its own times.
         lay: (path, steps) -> Grid; None keeps the times of `base`.
         order: network calls a step, as pipelines count them.
+        generator: where stochastic solvers get their noise, if the pipeline passes none to `step`.
     """
 
     init_noise_sigma = 1.0
 
     def __init__(self, base: Any, solver: Solver, lay: Lay | None = None) -> None:
+        if solver.unfit:
+            raise ValueError(f"{solver.unfit}; take another solver here, or use hasten.solvers.drive.solve")
         self.base, self.solver, self.lay = base, solver, lay
         self.process = process(base)
         self.config, self.order = base.config, solver.calls
@@ -47,6 +51,7 @@ class SolverScheduler:
         self._running: Steps | None = None
         self._node: Node | None = None
         self._begin: int | None = None
+        self.generator: Any = None
         self.step_index: int | None = None
 
     @property
@@ -86,28 +91,39 @@ class SolverScheduler:
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        """One network call on: `sample` [B, ...] at `timestep` and what the network said there give the next state."""
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, generator: Any = None,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        """One network call on: `sample` [B, ...] at `timestep` and what the network said there give the next state.
+
+        Raises:
+            ValueError: the network answered NaN (seen at once on a CPU, at the last step on other devices).
+        """
         if self._running is None:
-            self._start(timestep, sample)
+            self._start(timestep, sample, generator)
         assert self._running is not None
         assert self._node is not None
         wide = sample.float()  # solvers run in float32 whatever the network's precision
-        p = Prediction.of(self.process.target, model_output.float(), wide, self._node)
+        p_at = self._node
+        p = Prediction.of(self.process.target, model_output.float(), wide, p_at)
         try:
             after, self._node = self._running.send(p)
         except StopIteration as end:
             after, self._running = end.value, None
+        if (self._running is None or after.device.type == "cpu") and bool(torch.isnan(after).any()):
+            raise ValueError(f"NaN after the call at t = {p_at.t:.4f}: the network answered it; use a wider precision")
         self.step_index = (self.step_index or 0) + 1
         after = after.to(sample.dtype)
         return SimpleNamespace(prev_sample=after) if return_dict else (after,)
 
-    def _start(self, timestep: Any, sample: Tensor) -> None:
+    def _start(self, timestep: Any, sample: Tensor, generator: Any) -> None:
         if self.grid is None:
             raise RuntimeError("call set_timesteps before step")
         begin = self._begin if self._begin is not None else self.index_for_timestep(timestep)
         first = self.grid.nodes.index(self._calls[begin])
-        self._running = self.solver(sample.float(), self.grid.since(first))
+        noise = Brownian.of(self.generator if generator is None else generator) if self.solver.stochastic else None
+        self._running = self.solver(sample.float(), self.grid.since(first), noise)
         _, self._node = next(self._running)
         self.step_index = begin
 

@@ -30,8 +30,10 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
         most_steps: network evaluations of the untouched pipeline; a recipe makes at most as many.
         guided: guidance is on, so that an interval for it is a choice.
     """
-    name = trial.suggest_categorical("solver", sorted(tree.functions("solvers")))
+    name = trial.suggest_categorical("solver", solvers())
     solver = tree.function("solvers", name)
+    chosen_settings = {k: value(trial, f"solver.{name}.{k}", *s) for k, s in tree.settings(solver).items()}
+    solver = solver.given(**chosen_settings)
     grid = trial.suggest_categorical("grid", sorted(tree.functions("grids")))
     settings = {k: value(trial, f"grid.{grid}.{k}", *s) for k, s in tree.settings(tree.function("grids", grid)).items()}
     # calls, not steps, are what costs: one axis for solvers of one and of two calls
@@ -47,11 +49,17 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
                 fields["low"], fields["high"] = sorted((fields["low"], fields["high"]))
             chosen.append(kind(**fields))
     return Recipe(
-        solver=name,
+        solver={name: chosen_settings} if chosen_settings else name,
         grid={grid: settings} if settings else grid,
         steps=max(1, calls // solver.calls),
         methods=tuple(chosen),
     )
+
+
+def solvers() -> list[str]:
+    """Those that a search tries: a pipeline can run them, they add no noise, and one or two calls make a step."""
+    fit = {n: s for n, s in tree.functions("solvers").items() if not (s.unfit or s.stochastic or s.few)}
+    return sorted(n for n, s in fit.items() if s.calls <= 2)
 
 
 def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | None) -> Any:

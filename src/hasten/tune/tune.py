@@ -191,7 +191,8 @@ def _searched(
 def headline(r: Recipe) -> str:
     """A recipe in a few words: solver, steps, grid, methods (without their room where no other is called so)."""
     grid = r.grid if isinstance(r.grid, str) else next(iter(r.grid)) if isinstance(r.grid, dict) else "times"
-    return " ".join([f"{r.solver} {r.steps} {grid}", *(_settings(m) for m in r.all_methods())])
+    solver = r.solving()
+    return " ".join([f"{solver.name if solver else None} {r.steps} {grid}", *(_settings(m) for m in r.all_methods())])
 
 
 def _settings(m: Any) -> str:
