@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -84,6 +84,23 @@ class Prediction:
                 c = a + s
                 return Prediction(x, x, out, (1 / c, -s / c), (1 / c, a / c))
         raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
+
+
+def said(target: Target, p: Prediction, n: Node) -> Tensor:
+    """What a network trained on `target` says where it sees `p` at node `n`: the inverse of `Prediction.of`. Raises
+    ValueError for an unknown target."""
+    match target:
+        case "x0":
+            return p.mix(x0=1)
+        case "eps":
+            return p.mix(eps=1)
+        case "score":
+            return p.mix(eps=_over(-1, n.sigma))
+        case "v":
+            return p.mix(x0=-n.sigma, eps=n.alpha)
+        case "flow":
+            return p.mix(x0=-1, eps=1)
+    raise ValueError(f"unknown target {target!r}; known: {', '.join(get_args(Target))}")
 
 
 def _over(a: float, b: float) -> float:
@@ -173,7 +190,7 @@ def on_path(denoise: Denoiser, trained: Path) -> Denoiser:
         return nodes(trained, [min(1.0, max(0.0, t))])[0]
 
     def ask(x: Tensor, n: Node) -> Prediction:
-        at = own(n.lam)
+        at = own(n.lam) if n.end is None else replace(own(n.lam), end=own(n.end.lam))
         scale = at.sigma / n.sigma if n.alpha < n.sigma else at.alpha / n.alpha
         p = denoise(x * scale, at)
         return Prediction(x, p.x0, p.eps)

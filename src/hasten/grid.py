@@ -21,6 +21,7 @@ class Node:
         t: in [0, 1], 1 is noise.
         lam: log(alpha / sigma), inf where clean, -inf where pure noise.
         dalpha, dsigma: derivatives by t.
+        end: where the step that asks here ends, for networks that are told (flow maps); None where none is named.
     """
 
     t: float
@@ -29,6 +30,7 @@ class Node:
     lam: float
     dalpha: float
     dsigma: float
+    end: Node | None = field(default=None, compare=False, repr=False)
 
     @property
     def clean(self) -> bool:

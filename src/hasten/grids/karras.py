@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import exp, log
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from hasten.path import Path, lam
+from hasten.grids.ends import laid
+from hasten.path import Path
 
 
 def karras(
@@ -20,8 +22,8 @@ def karras(
 
     Where the path's end is pure noise its sigma / alpha is taken as 50, and the end itself stands in that place.
     """
-    largest = min(50.0, float(torch.exp(-lam(path, torch.tensor(1.0, dtype=torch.float64)))))
-    if steps == 1:
-        return [1.0, 0.0]
-    ramp = torch.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps, dtype=torch.float64) ** rho
-    return [1.0, *path.time(-ramp[1:].log()).tolist(), 0.0]
+
+    def knots(start: float, stop: float, count: int) -> torch.Tensor:
+        return -rho * torch.linspace(exp(-start / rho), exp(-stop / rho), count, dtype=torch.float64).log()
+
+    return laid(path, steps, knots, -log(50.0), -log(smallest))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
-from hasten.path import Path, lam
+from hasten.grids.ends import even, laid
+from hasten.path import Path
 
 
 def log_snr(
@@ -16,14 +16,8 @@ def log_snr(
     high: Annotated[float, Field(ge=1, le=8)] = 3.0,
 ) -> list[float]:  # fmt: skip
     """From t = 1, then even in lam = log(alpha / sigma) between `low` and `high`, then 0. Lu et al. 2022,
-    arXiv:2206.00927 sec. 3.3. `low` is raised to the path's own lam at t = 1 where that is finite and above it."""
-    first = float(lam(path, torch.tensor(1.0, dtype=torch.float64)))
-    if steps == 1:
-        return [1.0, 0.0]
+    arXiv:2206.00927 sec. 3.3. `low` is raised to the path's own lam at t = 1 where that is above it, `high` lowered to
+    that at t = 0. With two steps the one time between is half way."""
     if steps == 2:
-        return [1.0, float(path.time(torch.tensor((low + high) / 2, dtype=torch.float64))), 0.0]
-    if first > low:  # starts at the path's end itself
-        lams = torch.linspace(first, high, steps, dtype=torch.float64)[1:]
-    else:
-        lams = torch.linspace(low, high, steps - 1, dtype=torch.float64)
-    return [1.0, *path.time(lams).tolist(), 0.0]
+        return laid(path, 2, lambda start, stop, _: even(start, stop, 3), low, high, after=False)
+    return laid(path, steps, even, low, high, before=True)

@@ -16,14 +16,15 @@ class Preserving:
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def _log_alpha(self, t: Tensor) -> Tensor:
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """Log of the signal's share at t."""
         return -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(self._log_alpha(t))
+        return torch.exp(self.log_alpha(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
 
     def time(self, lam: Tensor) -> Tensor:
         minus_log_alpha2 = torch.nn.functional.softplus(-2 * lam)
