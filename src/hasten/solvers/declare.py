@@ -53,10 +53,11 @@ class Solver:
             (strong order).
         calls: network calls a step.
         weak: of a stochastic one, the order of its moments.
-        stochastic: adds fresh noise on the way.
+        stochastic: adds fresh noise on the way, at its settings.
         adaptive: chooses its times itself: the grid's ends alone count.
         asks: for predictions at points, for batches of times, or for derivatives along the path as well.
         few: made for networks that were distilled to few steps; of no order.
+        fitted: has settings that only a fit to a model gives; of no order.
         systems: ids of the catalogue that it implements.
         settings: what was given for the keyword-only parameters of `run`.
     """
@@ -65,10 +66,11 @@ class Solver:
     orders: Claim
     calls_of: Claim = 1
     weak: int = 0
-    stochastic: bool = False
+    noisy: Claim = False
     adaptive: bool = False
     asks: Asks = "points"
     few: bool = False
+    fitted: bool = False
     systems: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +97,11 @@ class Solver:
         """A step, at its settings."""
         return self._claimed(self.calls_of)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether it needs noise, at its settings."""
+        return bool(self._claimed(self.noisy))
+
     def _claimed(self, claim: Claim) -> int:
         return claim if isinstance(claim, int) else claim(**(self.run.__kwdefaults__ or {}) | dict(self.settings))
 
@@ -110,7 +117,15 @@ class Solver:
         return ""
 
     def __call__(self, x: Tensor, grid: Grid, noise: Noise | None = None) -> Any:
-        """The generator, at x [B, ...] on grid.nodes[0]. Raises ValueError where a stochastic one is given no noise."""
+        """The generator, at x [B, ...] on grid.nodes[0].
+
+        Raises:
+            ValueError: a stochastic one is given no noise, or an order was set that so few steps can't have.
+        """
+        order = self.settings.get("order", 1)
+        if order > len(grid) * self.calls:
+            few = f"{self.name} of order {order} can't be had in so few steps, {len(grid)}"
+            raise ValueError(f"{few}: take more steps or a lower order")
         if not self.stochastic:
             return self.run(x, grid, **self.settings)
         if noise is None:
@@ -119,8 +134,8 @@ class Solver:
 
 
 def solver(
-    order: Claim, calls: Claim = 1, *, weak: int = 0, stochastic: bool = False, adaptive: bool = False,
-    asks: Asks = "points", few: bool = False, systems: tuple[str, ...] = (),
+    order: Claim, calls: Claim = 1, *, weak: int = 0, stochastic: Claim = False, adaptive: bool = False,
+    asks: Asks = "points", few: bool = False, fitted: bool = False, systems: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Solver]:  # fmt: skip
     """Declares a generator function (x, grid, *, settings), or (x, grid, noise, *, settings), as a solver."""
-    return lambda run: Solver(run, order, calls, weak, stochastic, adaptive, asks, few, systems)
+    return lambda run: Solver(run, order, calls, weak, stochastic, adaptive, asks, few, fitted, systems)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -53,9 +55,38 @@ def answer(denoise: Denoiser, query: Any) -> Any:
                 raise ValueError("this solver asks for derivatives: make the denoiser with hasten.denoiser.denoiser")
             return jet(x, node, dx, dt)
     p = denoise(*query)
-    if p.other.dtype.is_floating_point and bool(torch.isnan(p.other).any()):
+    if math.isnan(p.other.sum()):  # a NaN reaches the sum in one pass
         raise ValueError(f"the network answered NaN at t = {query[1].t:.4f}: lower its guidance or use float32")
     return p
+
+
+@dataclass
+class Counted:
+    """A denoiser that counts: `calls` for each state that the network saw, `passes` for each time that it was run.
+
+    A batch of K states is K calls and one pass, where `denoise` can answer it at once; a derivative is a call and a
+    pass of its own.
+    """
+
+    denoise: Denoiser
+    calls: int = 0
+    passes: int = 0
+
+    def __call__(self, x: Tensor, n: Node) -> Prediction:
+        self.calls, self.passes = self.calls + 1, self.passes + 1
+        return self.denoise(x, n)
+
+    def many(self, xs: Tensor, nodes: tuple[Node, ...]) -> list[Prediction]:
+        """One question of `Many`."""
+        self.calls += len(nodes)
+        self.passes += 1 if hasattr(self.denoise, "many") else len(nodes)
+        return list(answer(self.denoise, Many(xs, nodes)))
+
+    def jet(self, *question: Any) -> tuple[Prediction, Tensor]:
+        """One question of `Jet`."""
+        self.calls, self.passes = self.calls + 2, self.passes + 2
+        p, rise = answer(self.denoise, Jet(*question))
+        return p, rise
 
 
 def visited(solver: Solver, grid: Grid) -> list[Node]:
@@ -64,7 +95,7 @@ def visited(solver: Solver, grid: Grid) -> list[Node]:
 
     def note(x: Tensor, node: Node) -> Prediction:
         nodes.append(node)
-        return Prediction(x, x, x)
+        return Prediction(x, x, x, spread=x)
 
     solve(solver, note, torch.zeros(()), grid, lambda start, stop, like: like)
     return nodes

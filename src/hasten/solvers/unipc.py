@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from math import expm1, isinf
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hasten.grid import Grid, Node
 from hasten.solvers.declare import Steps, solver
+from hasten.solvers.exponential import weights
+
+even = "start"
 
 
-@solver(order=3, systems=("unipc",))
-def unipc(x: Tensor, grid: Grid) -> Steps:
-    """Third order, one call a step: UniPC-2 in x0 with B(h) = e^h - 1. Zhao et al. 2023, arXiv:2302.04867 alg. 5-8.
+@solver(order=lambda order, corrector, **_: order + corrector, systems=("unipc",))
+def unipc(
+    x: Tensor, grid: Grid, *,
+    order: Annotated[int, Field(ge=1, le=5)] = 2,
+    variant: Literal["bh1", "bh2"] = "bh2",
+    corrector: bool = True,
+) -> Steps:  # fmt: skip
+    """One call a step: UniPC of any order, in x0. Zhao et al. 2023, arXiv:2302.04867 alg. 5-8.
 
-    Predictor of order two from the last two x0, then, once the network has been asked at the predicted state, a
-    corrector of order three from the same two and the new one. First order from pure noise, where h is infinite. An
-    edit of the latents between steps is added to the corrected state.
+    UniP predicts from the last `order` x0; once the network has been asked at the predicted state, UniC corrects it by
+    the same ones and the new one, which is one order more. Fewer are used while there are fewer, and before a clean
+    end; from pure noise, where h is infinite, the step is DDIM's and is not corrected.
+
+    The order, `order` + 1 with the corrector, needs small first steps, as of any multistep method that starts itself:
+    the first step is of order two (of one, without the corrector), so on an even grid the error falls no faster than
+    the third (second) power of the steps, though only far below what `order` + 1 has left by then.
+
+    Args:
+        order: of the predictor: how many x0 it looks back on.
+        variant: B(h) = h or e^h - 1. Where two or more unknowns remain the paper's linear system has one solution
+            whatever B, so it matters to the predictor of order two and to the first step's corrector alone.
+        corrector: correct; without it this is UniP.
     """
-    before: tuple[Node, Tensor] | None = None
-    base: tuple[Tensor, Node, Tensor] | None = None  # state, node and x0 that the last step started from
-    for now, after in grid.steps():
+    seen: list[tuple[Node, Tensor]] = []  # the newest first
+    used: list[float] = []  # the shares of them in the last step
+    ends_clean = grid.nodes[-1].clean
+    for left, (now, after) in zip(range(len(grid), 0, -1), grid.steps(), strict=False):
         p = yield x, now
-        x0, state = p.x0, p.x
-        if base is not None and not isinf(base[1].lam):
-            corrected = _corrected(*base, before, now, x0)
-            state = corrected if p.x is x else corrected + (p.x - x)
+        x0 = p.x0
         if after.clean:
             return after.alpha * x0
-        gain, rise = after.sigma / now.sigma, -after.alpha * expm1(now.lam - after.lam)
-        if base is None or isinf(base[1].lam):
-            ahead = torch.mul(state, gain).add_(x0, alpha=rise)
-        else:
-            r = (after.lam - now.lam) / (now.lam - base[1].lam) / 2  # x0 + r (x0 - x0_then): half a step ahead
-            ahead = torch.mul(state, gain).add_(x0, alpha=rise * (1 + r)).sub_(base[2], alpha=rise * r)
-        before = None if base is None else (base[1], base[2])
-        base, x = (state, now, x0), ahead
+        gain = after.sigma / now.sigma
+        carried: list[float] = []
+        if corrector and used:  # a change of the state, which the caller may have edited, that the step multiplies
+            last = [n for n, _ in seen[: len(used)]]
+            *better, new = _weights(last[0], now, [*last, now], variant)
+            carried = [gain * new, *(gain * (w - u) for w, u in zip(better, used, strict=True))]
+        seen = [(now, x0), *seen]
+        used = _weights(now, after, [n for n, _ in seen[: min(order, left) if ends_clean else order]], variant)
+        x = torch.mul(p.x, gain)
+        shares = [w + c for w, c in zip_longest(used, carried, fillvalue=0.0)]
+        for share, (_, x0_then) in zip(shares, seen, strict=False):
+            x.add_(x0_then, alpha=share)
+        seen = seen[:order]
+        if isinf(now.lam):
+            seen, used = [], []
     return x
 
 
-def _corrected(
-    x: Tensor, then: Node, x0_then: Tensor, before: tuple[Node, Tensor] | None, now: Node, x0_now: Tensor
-) -> Tensor:
-    """UniC from `then` to `now`: eq. 5 with the points before, then and now; without `before`, with two."""
-    h = now.lam - then.lam
-    rise = expm1(-h)
-    pull = -now.alpha * rise  # of x0, were it constant: eq. 3
-    if before is None or isinf(before[0].lam):
-        rho_1, rho_2, r = 0.0, 1 / 2, 1.0
-    else:
-        r = (before[0].lam - then.lam) / h
-        # sum_k rho_k r_k^(n-1) = n! phi_(n+1)(-h) / B(h) for n = 1, 2 with r_2 = 1; B(h) = e^-h - 1
-        phi_2 = rise / -h - 1
-        b_1, b_2 = phi_2 / rise, 2 * (phi_2 / -h - 1 / 2) / rise
-        rho_1 = (b_1 - b_2) / (1 - r)
-        rho_2 = b_1 - rho_1
-    # x sigma' / sigma + pull (x0_then + rho_1 (x0_before - x0_then) / r + rho_2 (x0_now - x0_then))
-    state = torch.mul(x, now.sigma / then.sigma).add_(x0_then, alpha=pull * (1 - rho_1 / r - rho_2))
-    state.add_(x0_now, alpha=pull * rho_2)
-    return state if rho_1 == 0 or before is None else state.add_(before[1], alpha=pull * rho_1 / r)
+def _weights(now: Node, after: Node, through: list[Node], variant: str) -> list[float]:
+    """Shares of x0 at `through`, the first of which is `now`, in x' = (sigma' / sigma) x + sum_k w_k x0_k: eq. 5; for
+    two nodes with a_1 = 1/2, the simplification after it."""
+    if len(through) != 2:
+        return weights(now, after, through)
+    h = after.lam - now.lam
+    rise = -expm1(-h)
+    other = after.alpha * (h if variant == "bh1" else rise) * h / (2 * (through[1].lam - now.lam))
+    return [after.alpha * rise - other, other]
