@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, get_type_hints
@@ -28,7 +29,16 @@ def function(room: str, name: str) -> Any:
         found = getattr(import_module(f"hasten.{room}.{name}"), name, None)
         if found is not None:
             return found
-    raise ValueError(f"unknown {room.removesuffix('s')} {name!r}; known: {', '.join(functions(room))}")
+    raise ValueError(_unknown(room.removesuffix("s"), name, functions(room)))
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    if len(names) > 16:
+        near = get_close_matches(name, names, 3, 0.5)
+        meant = f", did you mean {' or '.join(near)}?" if near else ","
+        return f"unknown {kind} {name!r:.40}{meant} `hasten methods` lists all {len(names)}"
+    return f"unknown {kind} {name!r:.40}; known: {', '.join(names)}"
 
 
 def functions(room: str) -> dict[str, Any]:
@@ -44,7 +54,7 @@ def method(label: str) -> type[Method]:
         found = _method_in(f"hasten.{room}.{name}")
         if found is not None:
             return found
-    raise ValueError(f"unknown method {label!r}; known: {', '.join(methods())}")
+    raise ValueError(_unknown("method", label, methods()))
 
 
 def methods() -> dict[str, type[Method]]:

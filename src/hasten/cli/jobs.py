@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hasten import reference
+from hasten import reference, tree
 from hasten.api import accelerate
 from hasten.bridge import folders
 from hasten.bridge.drawing import draw, quiet
@@ -55,6 +55,43 @@ def tune(
     outcome = tuning.tune(pipe, model, wanted, out, console, feature_reader(features, device))
     outputs.show(outcome, wanted, console)
     outputs.write(outcome, wanted, out, console)
+
+
+def fit(
+    model: str, steps: int, solver: str | None, out: Path, prompts: Path | None, count: int, seed: int, search: int,
+    gradients: int, recipe: Path | None, device: str | None,
+) -> None:  # fmt: skip
+    """The fitted recipe in `out`, and on the screen what it gains over fixed grids."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from hasten.fit.fit import Effort, calls, table
+    from hasten.fit.pipeline import fit_pipeline
+
+    console = Console()
+    chosen = tree.function("solvers", solver) if solver else None
+    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
+    effort = Effort(search=search, rounds=gradients)
+    _writable(out.parent)
+    pipe = load(model, device)
+    bar = Progress(TextColumn("network calls"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+                   TimeRemainingColumn(), console=console)  # fmt: skip
+    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
+    kept = {"methods": base.methods, "guidance": base.guidance}
+    with bar, accelerate(pipe, Recipe.from_dict({}).model_copy(update=kept)):
+        line = bar.add_task("", total=calls(chosen, steps, effort))
+        found = fit_pipeline(pipe, given, steps, chosen, seed=seed, effort=effort, tick=lambda n: bar.advance(line, n))
+    text = table(found)
+    console.print(text, highlight=False)
+    found.recipe.model_copy(update=kept).save(out, f"fitted by hasten to {model}, {steps} calls\n{text}")
+    console.print(f"recipe: {out}", highlight=False)
+
+
+def spread(prompts: list[str], count: int) -> list[str]:
+    """`count` of the prompts, evenly over the list. Raises UserError where there are fewer than 3."""
+    if len(prompts) < 3:
+        raise UserError(f"a fit needs 3 prompts or more, given {len(prompts)}")
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def generate(model: str, prompts: list[str], recipe: Path | None, seed: int, out: Path, device: str | None) -> None:

@@ -56,6 +56,32 @@ def tune(
     jobs.tune(model, quality, out, trials, budget_seconds, prompts, seed, features, device, dry_run)
 
 
+@app.command(rich_help_panel="The main job")
+def fit(
+    model: Model,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="network calls a picture, guidance counted once")] = 6,
+    solver: Annotated[
+        str | None, typer.Option(help="fit the times of this one (see `hasten methods`); absent: fit its weights too")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="where the recipe goes, YAML")] = Path("grid.yaml"),
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=3, help="prompts to fit on; a third of them judges")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise and of the search")] = 0,
+    search: Annotated[int, typer.Option(min=0, help="grids to try after the fixed ones")] = 40,
+    gradients: Annotated[int, typer.Option(min=0, help="rounds of learning through the network; needs memory")] = 0,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="its methods and guidance are put on first")] = None,
+    device: Device = None,
+) -> None:
+    """Fit the times of STEPS network calls to MODEL's own fine trajectories, and write them to OUT as a recipe.
+
+    Below ten calls the grid matters more than the solver. Example: hasten fit emoji-flow --steps 6 --out grid.yaml,
+    then hasten generate emoji-flow "a red apple" --recipe grid.yaml
+    """
+    from hasten.cli import jobs
+
+    jobs.fit(model, steps, solver, out, prompts, count, seed, search, gradients, recipe, device)
+
+
 @app.command(rich_help_panel="With a recipe")
 def generate(
     model: Model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -41,8 +42,9 @@ class Fold(Method):
             for attention in attentions:
                 patch.set(attention, "processor", BiasedJointAttention())
 
+            names = list(inspect.signature(model.forward).parameters)
+
             def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                names = ("hidden_states", "encoder_hidden_states")
                 kwargs |= dict(zip(names, args, strict=False))
                 context = kwargs["encoder_hidden_states"]
                 here = now()
@@ -56,7 +58,7 @@ class Fold(Method):
                     joint = dict(kwargs.get("joint_attention_kwargs") or {})
                     joint["attention_mask"] = self._bias(model, kwargs, count)
                     kwargs["joint_attention_kwargs"] = joint
-                return forward(*args[2:], **kwargs)
+                return forward(**kwargs)
 
             patch.wrap(model, around)
             return patch.keep()

@@ -33,15 +33,15 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
     name = trial.suggest_categorical("solver", solvers())
     solver = tree.function("solvers", name)
     chosen_settings = {k: value(trial, f"solver.{name}.{k}", *s) for k, s in tree.settings(solver).items()}
-    solver = solver.given(**chosen_settings)
     grid = trial.suggest_categorical("grid", sorted(tree.functions("grids")))
     settings = {k: value(trial, f"grid.{grid}.{k}", *s) for k, s in tree.settings(tree.function("grids", grid)).items()}
-    # calls, not steps, are what costs: one axis for solvers of one and of two calls
-    calls = trial.suggest_int("calls", min(4, most_steps), most_steps, log=True)
+    steps = trial.suggest_int("calls", min(4, most_steps), most_steps, log=True)
+    if "order" in chosen_settings:  # more than there are steps is refused
+        chosen_settings["order"] = min(chosen_settings["order"], steps)
     chosen: list[Method] = []
     for label in labels:
         kind = tree.method(label)
-        if label == "guidance.interval" and not guided:
+        if not kind.saves or (label == "guidance.interval" and not guided):
             continue
         if conflict([*chosen, kind()]) is None and trial.suggest_categorical(label, [False, True]):
             fields = {k: value(trial, f"{label}.{k}", f.annotation, f.default, f) for k, f in kind.model_fields.items()}
@@ -51,15 +51,15 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
     return Recipe(
         solver={name: chosen_settings} if chosen_settings else name,
         grid={grid: settings} if settings else grid,
-        steps=max(1, calls // solver.calls),
+        steps=steps,
         methods=tuple(chosen),
     )
 
 
 def solvers() -> list[str]:
-    """Those that a search tries: a pipeline can run them, they add no noise, and one or two calls make a step."""
-    fit = {n: s for n, s in tree.functions("solvers").items() if not (s.unfit or s.stochastic or s.few)}
-    return sorted(n for n, s in fit.items() if s.calls <= 2)
+    """Those that a search tries: a pipeline can run them, they add no noise, and a call makes a step."""
+    fit = {n: s for n, s in tree.functions("solvers").items() if not (s.unfit or s.stochastic or s.few or s.fitted)}
+    return sorted(n for n, s in fit.items() if s.calls == 1)
 
 
 def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | None) -> Any:
