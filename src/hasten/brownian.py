@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from math import sqrt
+from math import copysign, isfinite, sqrt
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ Noise = Callable[[float, float, Tensor], Tensor]
 """(from, to, like) -> the increment of a Brownian motion between two clock readings over the root of the time between
 them: standard normal, of the shape, dtype and device of `like`. A solver reads its own clock, any that rises from 0."""
 
-SKELETON = 6
-"""Levels of halvings that are drawn before the point asked for; runs of up to about 2^6 steps look alike."""
+SKELETON = 3
+"""Levels of halvings that are drawn before the point asked for, 2^3 - 1 draws a run. Samples of 20 and of 28 steps with
+one seed then correlate by 0.93, where one path for both gives 0.98 and none 0.15."""
 
 
 class Brownian:
@@ -43,11 +44,17 @@ class Brownian:
         return cls([int(d) for d in drawn], skeleton)
 
     def __call__(self, start: float, stop: float, like: Tensor) -> Tensor:
-        """The increment over the root of the clock between; raises ValueError where the clock stands still."""
-        if not 0 <= start != stop >= 0:
-            raise ValueError(f"a Brownian increment lies between two clock readings from 0 up, got {start} and {stop}")
+        """The increment over the root of the clock between, the same in either direction.
+
+        Raises:
+            ValueError: the clock stands still, or a reading is negative or not finite.
+        """
+        if not (0 <= start != stop >= 0 and isfinite(start + stop)):
+            raise ValueError(f"a Brownian increment lies between two finite readings from 0 up, got {start} and {stop}")
+        short = float(f"{start:.12g}"), float(f"{stop:.12g}")  # the last bits of a clock do not change the picture
+        start, stop = short if short[0] != short[1] else (start, stop)
         difference = self._at(stop, like) - self._at(start, like)
-        return difference / sqrt(abs(stop - start)) if stop > start else -difference / sqrt(abs(stop - start))
+        return difference.mul_(copysign(1 / sqrt(abs(stop - start)), stop - start)).to(like.dtype)
 
     def _at(self, clock: float, like: Tensor) -> Tensor:
         low, high = 0.0, 1.0  # in u = sqrt(c) / (1 + sqrt(c)), which takes [0, inf) to [0, 1)
@@ -63,16 +70,16 @@ class Brownian:
         place = bisect_left(self._clocks, clock)
         if place < len(self._clocks) and self._clocks[place] == clock:
             value = self._values[place]
-            return torch.zeros_like(like) if value is None else value
+            return torch.zeros_like(like, dtype=_wide(like)) if value is None else value
         before, left = self._values[place - 1], self._clocks[place - 1]
         if place == len(self._clocks):
-            value = self._draw(clock, like) * sqrt(clock - left)
+            value = self._draw(clock, like).mul_(sqrt(clock - left))
             value = value if before is None else value.add_(before)
         else:
             right, after = self._clocks[place], self._values[place]
             assert after is not None
             share = (clock - left) / (right - left)
-            value = self._draw(clock, like) * sqrt(share * (right - clock))
+            value = self._draw(clock, like).mul_(sqrt(share * (right - clock)))
             value.add_(after, alpha=share)
             value = value if before is None else value.add_(before, alpha=1 - share)
         self._clocks.insert(place, clock)
@@ -82,9 +89,13 @@ class Brownian:
     def _draw(self, clock: float, like: Tensor) -> Tensor:
         """Standard normal numbers that belong to this reading; drawn on the host, the same for every device."""
         shape = like.shape if len(self.seeds) == 1 else like.shape[1:]
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        rows = [torch.randn(shape, generator=_keyed(seed, clock), dtype=wide) for seed in self.seeds]
-        return (rows[0] if len(rows) == 1 else torch.stack(rows)).to(like)
+        rows = [torch.randn(shape, generator=_keyed(seed, clock), dtype=_wide(like)) for seed in self.seeds]
+        return (rows[0] if len(rows) == 1 else torch.stack(rows)).to(like.device)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """Of W itself: an increment is a small difference of large values, too coarse in half precision."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _keyed(seed: int, clock: float) -> torch.Generator:
