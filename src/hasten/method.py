@@ -37,6 +37,7 @@ class Part(enum.StrEnum):
     GRAPH = "graph"
     SCHEDULE = "schedule"
     BATCH = "batch"
+    GUIDANCE = "guidance"
 
 
 class Refused(ValueError):
@@ -52,6 +53,7 @@ class Method(BaseModel):
         writes: what it rewrites.
         systems: ids of the catalogue that it implements.
         neutral: settings at which it changes nothing, bit for bit; None where it has none.
+        saves: it saves work, so the tuner may try it; else it changes what is drawn, which is the user's choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -60,6 +62,7 @@ class Method(BaseModel):
     writes: ClassVar[frozenset[Part]]
     systems: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[dict[str, Any] | None] = None
+    saves: ClassVar[bool] = True
 
     def apply(self, model: nn.Module) -> Patch:
         """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't

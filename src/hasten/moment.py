@@ -8,6 +8,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from hasten.denoiser import Target
+from hasten.grid import Node
+
 Branch = Literal["both", "cond", "uncond", "other"]
 
 
@@ -21,6 +24,11 @@ class Moment:
         t: time of the state, 1 is noise.
         run: which trajectory; what was kept in another run is never read.
         branch: "both" where one call serves the conditional and the unconditional half of the batch.
+        scale: of the pipeline's classifier-free guidance, the s of u + s (c - u); None where nobody said, or where the
+            pipeline computes something else.
+        node, target: where the state lies (its `end` is the next evaluation's) and what the network says of it; None
+            where the scheduler cannot be read.
+        sign: -1 where the pipeline negates what its network says.
     """
 
     step: int = 0
@@ -28,6 +36,10 @@ class Moment:
     t: float = 1.0
     run: int = 0
     branch: Branch = "both"
+    scale: float | None = None
+    node: Node | None = None
+    target: Target | None = None
+    sign: float = 1.0
 
 
 _NOW: ContextVar[Moment] = ContextVar("hasten_moment")

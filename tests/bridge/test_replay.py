@@ -44,6 +44,11 @@ def test_a_replay_has_gradients_and_the_weights_ask_for_none() -> None:
         assert not any(p.requires_grad for p in pipe.transformer.parameters())
         x = seen.x.clone().requires_grad_()
         seen.denoise(x, build(seen.path, tree.function("grids", "uniform"), 2).nodes[1]).x0.sum().backward()
+        t = torch.full((1,), 0.4, requires_grad=True)
+        seen.denoise.network(seen.x, t).sum().backward()
+        with torch.no_grad():
+            up, down = (float(seen.denoise.network(seen.x, torch.full((1,), v)).sum()) for v in (0.4001, 0.3999))
+        assert t.grad is not None and float(t.grad) == pytest.approx((up - down) / 0.0002, rel=0.1)
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert all(p.requires_grad and p.grad is None for p in pipe.transformer.parameters())
 

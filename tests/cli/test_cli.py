@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import typer
 
+from families import sd3_with_words
+from hasten import Recipe
+from hasten.bridge import folders
 from hasten.cli.main import app, main
 
 OPTIONS = {
     "tune": ["budget_seconds", "device", "dry_run", "features", "model", "out", "prompts", "quality", "seed", "trials"],
+    "fit": ["count", "device", "gradients", "model", "out", "prompts", "recipe", "search", "seed", "solver", "steps"],
     "generate": ["device", "model", "out", "prompts", "recipe", "seed"],
     "bench": ["count", "device", "features", "model", "out", "pairs", "prompts", "recipe", "seed"],
     "methods": ["json"],
@@ -43,6 +47,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["tune", "emoji-flow", "--prompts", "FEW"], "12 or more"),
         (["bench", "emoji-flow", "--recipe", "BAD"], "unknown solver 'warp'"),
         (["train", "nothing"], "no embedded model"),
+        (["fit", "emoji-flow", "--solver", "warp"], "unknown solver 'warp'"),
+        (["fit", "emoji-flow", "--solver", "ddpm", "--count", "3"], "ddpm can't be fitted"),
+        (["fit", "emoji-flow", "--prompts", "FEW"], "3 prompts or more"),
         (["generate", "emoji-flow", "x", "--out", "FILE/inside"], "--out"),
     ],
 )  # fmt: skip
@@ -59,6 +66,23 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert said in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_fit_writes_a_recipe_that_says_what_it_gained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.write(sd3_with_words(), tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(6)))
+    (tmp_path / "base.yaml").write_text("hasten: 1\nmethods: [tokens.fold]\n")
+    words = ["--steps", "3", "--search", "2", "--gradients", "1", "--prompts", str(tmp_path / "prompts.txt")]
+    out = tmp_path / "grid.yaml"
+    base = ["--recipe", str(tmp_path / "base.yaml")]
+    assert run(monkeypatch, "fit", str(tmp_path / "tiny"), *words, *base, "--out", str(out)) == 0
+    said, text = capsys.readouterr().out, out.read_text()
+    assert "relative error of olss at 3 calls" in said and "relative error of olss at 3 calls" in text
+    recipe = Recipe.load(out)
+    assert (recipe.steps, len(recipe.grid or ())) == (3, 4)
+    assert [m.label() for m in recipe.methods] == ["tokens.fold"]
 
 
 def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

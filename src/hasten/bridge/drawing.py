@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,15 +19,21 @@ class NotFinite(ArithmeticError):
 
 def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1, **call: Any) -> Iterator[Tensor]:
     """Batches of pictures, [b, 3, H, W] float32 in [0, 1] on the CPU; picture i is of prompts[i] from seeds[i]
-    whatever the batch. Of a video, its middle frame.
+    whatever the batch. Of a video, its middle frame. A pipeline that takes no prompt is only told how many.
 
     Raises:
         NotFinite: a picture holds NaN or infinity.
+        ValueError: the pipeline gives no pictures.
     """
+    known = inspect.signature(type(pipe).__call__).parameters
     for i in range(0, len(prompts), batch):
         rngs = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        out = pipe(prompt=list(prompts[i : i + batch]), generator=rngs, output_type="pt", **call)
-        pictures = out.frames if hasattr(out, "frames") else out.images
+        words = list(prompts[i : i + batch])
+        what = {"prompt": words} if "prompt" in known else {"batch_size": len(words)} if "batch_size" in known else {}
+        out = pipe(generator=rngs, output_type="pt", **what, **call)
+        pictures = getattr(out, "frames", getattr(out, "images", None))
+        if pictures is None:
+            raise ValueError(f"{type(pipe).__name__} gives no pictures, which is what hasten measures")
         if pictures.ndim == 5:
             pictures = pictures[:, pictures.shape[1] // 2]
         pictures = pictures.float().cpu()
@@ -38,7 +45,8 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1
 def twin(pipe: Any) -> Any:
     """A pipeline with networks and scheduler of its own and the other parts shared: one to change, one to compare
     with."""
-    parts = dict(pipe.components)
+    _, further = pipe._get_signature_keys(type(pipe))
+    parts = pipe.components | {k: pipe.config[k] for k in further if k in pipe.config}
     for name in (*networks(pipe), "scheduler"):
         parts[name] = copy.deepcopy(parts[name])
     other = type(pipe)(**parts)

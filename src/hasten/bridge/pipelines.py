@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -18,8 +19,10 @@ from hasten.patch import Patch
 from hasten.recipe import Recipe, RecipeError
 
 NETWORKS = ("unet", "transformer", "transformer_2")
-TWO_CALLS = ("Flux", "Wan", "QwenImage", "Chroma", "HunyuanVideo", "Lumina2", "ZImage")
-"""Pipelines whose class starts so ask for the conditional and the unconditional branch in two calls."""
+NEGATES = ("Lumina", "ZImage", "HiDream", "NucleusMoE")
+"""Pipelines whose class starts so negate what their network says before they step."""
+NORMALISES = ("QwenImage",)
+"""Pipelines whose class starts so change the length of what they guided; others where `cfg_normalization` says so."""
 
 
 def is_pipeline(thing: object) -> bool:
@@ -56,7 +59,7 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
             known = process(_base(pipe.scheduler))
         except ValueError:
             known = None
-        clock = Clock(known, type(pipe).__name__.startswith(TWO_CALLS))
+        clock = Clock(known, type(pipe).__name__.startswith(NEGATES))
         done.append(("clock", clock.install(pipe.scheduler, list(nets.values()))))
         done.append(("defaults", _defaults(pipe, recipe, clock)))
     except BaseException:
@@ -116,13 +119,31 @@ def _defaults(pipe: Any, recipe: Recipe, clock: Clock) -> Patch:
             kwargs |= {k: v for k, v in wanted.items() if k not in given}
         else:
             kwargs |= {k: v for k, v in wanted.items() if k not in given and k != "num_inference_steps"}
-        default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
-        scale = kwargs.get("guidance_scale", given.get("guidance_scale", default))
+        told = {k: p.default for k, p in known.items()} | given | kwargs
+        scale = told.get("true_cfg_scale", told.get("guidance_scale"))
+        second = told.get("guidance_scale_2")  # of Wan 2.2's second network
+        plain_sum = not (told.get("cfg_normalization") or type(pipe).__name__.startswith(NORMALISES))
+        clock.scales = (scale, scale if second is None else second) if plain_sum else (None,)
         clock.guided = scale is not None and scale > 1
         if isinstance(self.scheduler, SolverScheduler):
             self.scheduler.generator = given.get("generator")
         return plain(self, *args, **kwargs)
 
+    members: dict[str, Any] = {"__call__": call}
+    if hasattr(pipe, "prepare_latents"):
+        members["prepare_latents"] = _counted(type(pipe).prepare_latents, clock)
     with Patch() as patch:
-        patch.extend(pipe, {"__call__": call})
+        patch.extend(pipe, members)
         return patch.keep()
+
+
+def _counted(prepare: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+    """The pipeline's `prepare_latents`, which tells the clock how many rows it made."""
+
+    @functools.wraps(prepare)
+    def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = prepare(self, *args, **kwargs)
+        clock.rows = len(made[0] if isinstance(made, tuple | list) else made)
+        return made
+
+    return prepare_latents

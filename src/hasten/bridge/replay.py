@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hasten import tree
 from hasten.bridge.pipelines import networks
-from hasten.bridge.process import Process
+from hasten.bridge.process import Line, Process
 from hasten.bridge.scheduler import SolverScheduler
 from hasten.denoiser import denoiser
 from hasten.grid import build
@@ -85,10 +85,10 @@ def replay(pipe: Any, **call: Any) -> Replay:
     weights = _weights(first)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        told = torch.tensor([known.timestep(float(v)) for v in t.unique()], dtype=torch.float32)
-        if len(told) > 1:
+        if bool((t != t[0]).any()):
             raise CannotReplay("a replayed pipeline is asked at one time a call")
-        answers = [part for one in again for part in _parts(one(x, float(told[0])), x)]
+        now = t[0] if isinstance(known.told, Line) else float(t[0].detach())  # along a line, with its gradient
+        answers = [part for one in again for part in _parts(one(x, known.timestep(now)), x)]
         mixed: Tensor = sum(w * a for w, a in zip(weights, answers, strict=True))  # type: ignore[assignment]
         return known.sign * mixed
 
@@ -150,7 +150,7 @@ def _sample(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _template(first: Any, second: Any, a: _Seen, b: _Seen) -> Callable[[Tensor, float], Tensor]:
+def _template(first: Any, second: Any, a: _Seen, b: _Seen) -> Callable[[Tensor, Tensor | float], Tensor]:
     """(x, timestep) -> what this call of the network says, its other inputs as they were."""
     net, kwargs, _ = first
     assert a.state is not None
@@ -165,9 +165,9 @@ def _template(first: Any, second: Any, a: _Seen, b: _Seen) -> Callable[[Tensor, 
     shift = told[0] - slope * a.timestep
     held, time = kwargs[place], kwargs[clock]
 
-    def ask(x: Tensor, timestep: float) -> Tensor:
+    def ask(x: Tensor, timestep: Tensor | float) -> Tensor:
         now = slope * timestep + shift
-        stamp = torch.full_like(time, now, dtype=torch.float32) if isinstance(time, Tensor) else now
+        stamp = torch.ones_like(time, dtype=torch.float32) * now if isinstance(time, Tensor) else float(now)
         return _sample(net(**kwargs | {place: _put(held, x), clock: stamp})).to(x.dtype)
 
     return ask

@@ -64,11 +64,15 @@ def fit(
     """The fitted recipe in `out`, and on the screen what it gains over fixed grids."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from hasten.fit.fit import Effort, calls, table
+    from hasten.fit.fit import Effort, calls, fittable, table
     from hasten.fit.pipeline import fit_pipeline
 
     console = Console()
-    chosen = tree.function("solvers", solver) if solver else None
+    try:
+        chosen = tree.function("solvers", solver) if solver else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    fittable(chosen)
     given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
     effort = Effort(search=search, rounds=gradients)
     _writable(out.parent)

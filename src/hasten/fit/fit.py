@@ -29,6 +29,10 @@ POINTS = 64
 """Of the fine trajectory, between which dynamic programming chooses."""
 
 
+class CannotFit(ValueError):
+    """What was asked can't be fitted; one line."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much is spent.
@@ -116,13 +120,12 @@ def fit(
         tick: told how many network calls were just made; `calls` says how many there will be.
 
     Raises:
-        ValueError: too few samples, or a solver that adds noise or chooses its times.
+        CannotFit: too few samples, or a solver that adds noise or chooses its times.
     """
     effort = effort or Effort()
     if not 0 < held < len(x):
-        raise ValueError(f"of {len(x)} samples {held} can't be held back: give two or more, and hold back some")
-    if solver is not None and (solver.stochastic or solver.unfit or solver.few or solver.fitted):
-        raise ValueError(f"{solver.name} can't be fitted: take a solver without noise that runs on a given grid")
+        raise CannotFit(f"of {len(x)} samples {held} can't be held back: give two or more, and hold back some")
+    fittable(solver)
     fine = build(path, tree.function("grids", "uniform"), effort.fine)
     exact = exact or record(tree.function("solvers", "heun"), denoise, x, fine, tick)
     subject = Subject(denoise, exact, slice(0, len(x) - held), solver, tick)
@@ -139,6 +142,12 @@ def fit(
     errors["fitted"] = subject.off(subject.run(grid, weights)[0])[1]
     named = {"olss": {"weights": weights}} if solver is None else {solver.name: dict(solver.settings)}
     return Fitted(Recipe(solver=named, grid=tuple(n.t for n in grid.nodes), steps=steps), errors)
+
+
+def fittable(solver: Solver | None) -> None:
+    """Raises CannotFit for a solver whose times can't be fitted."""
+    if solver is not None and (solver.stochastic or solver.unfit or solver.few or solver.fitted):
+        raise CannotFit(f"{solver.name} can't be fitted: take a solver without noise that runs on a given grid")
 
 
 def candidates(subject: Subject, path: Path, steps: int) -> dict[str, Grid]:

@@ -26,7 +26,7 @@ def fit_pipeline(
 
     Raises:
         CannotReplay: the pipeline does more between steps than call its network and guide.
-        ValueError: prompts are too few, or the solver can't be fitted.
+        CannotFit: prompts are too few, or the solver can't be fitted.
     """
     rngs = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with frozen(pipe):

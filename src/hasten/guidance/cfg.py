@@ -19,17 +19,18 @@ def cfg(
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoiser:  # fmt: skip
     """x0 and eps of u + scale (c - u) while t is in `interval`; the conditional prediction alone elsewhere, and at
-    scale 1.
+    scale 1; the unconditional alone at scale 0.
 
     Ho & Salimans 2022, arXiv:2207.12598 eq. 6 (there w = scale - 1); interval: Kynkaanniemi et al. 2024,
-    arXiv:2404.07724 eq. 6.
+    arXiv:2404.07724 eq. 6. Two network calls; one where a prediction stands alone.
     """
 
     def guided(x: Tensor, node: Node) -> Prediction:
-        c = cond(x, node)
         if scale == 1 or not interval[0] <= node.t <= interval[1]:
-            return c
-        u = uncond(x, node)
-        return Prediction(x, u.x0 + scale * (c.x0 - u.x0), u.eps + scale * (c.eps - u.eps))
+            return cond(x, node)
+        if scale == 0:
+            return uncond(x, node)
+        c, u = cond(x, node), uncond(x, node)
+        return Prediction(x, u.x0 + scale * (c.x0 - u.x0), u.eps + scale * (c.eps - u.eps), spread=c.spread)
 
     return guided

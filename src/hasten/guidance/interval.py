@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from hasten import moment
+from hasten.guidance.halves import batch, doubled, half
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -19,6 +19,9 @@ from hasten.patch import Patch
 class Interval(Method):
     """Runs the conditional branch alone while t is outside [low, high], half the work of those steps; [0, 1] changes
     nothing.
+
+    Another guidance goes before it in a recipe's list, so that it too is left out there. (`guidance: {interval}` always
+    stands last.)
 
     Where the pipeline puts both branches in one batch, the conditional half is computed and given for both, so that the
     pipeline's own u + s (c - u) is c; where it calls twice, the second call is given the first's answer. Kynkaanniemi
@@ -49,8 +52,8 @@ class Interval(Method):
                 if here.branch == "both":
                     patch.tally["halved"] += 1
                     with moment.at(replace(here, branch="cond")):
-                        size = len(next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 1))
-                        return _doubled(forward(*_half(args, size), **_half(kwargs, size)))
+                        size = batch(args, kwargs)
+                        return doubled(forward(*half(args, size), **half(kwargs, size)))
                 if here.branch == "cond":
                     last.moment, last.out = here, forward(*args, **kwargs)
                     return last.out
@@ -70,25 +73,3 @@ class _Last:
 
     moment: Moment | None = None
     out: Any = None
-
-
-def _half(value: Any, size: int) -> Any:
-    """The second, conditional half of every tensor whose batch is `size`; all else stays."""
-    if isinstance(value, Tensor):
-        return value[size // 2 :] if value.ndim > 0 and len(value) == size else value
-    if isinstance(value, dict):
-        return {k: _half(v, size) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_half(v, size) for v in value)
-    return value
-
-
-def _doubled(value: Any) -> Any:
-    """Every tensor twice along the batch, in the container it came in."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value])
-    if isinstance(value, dict):
-        return type(value)(**{k: _doubled(v) for k, v in value.items()})
-    if isinstance(value, list | tuple):
-        return type(value)(_doubled(v) for v in value)
-    return value
