@@ -65,8 +65,9 @@ class CLD:
         """R [..., 2, 2], the root R R^T of the covariance along which eps is constant where the law is this Gaussian:
         dR/dt = F R + G G^T R^-T / 2. Zhang et al. 2022, arXiv:2206.05564 sec. 4.
 
-        In closed form but for an angle: R is Cholesky's factor turned by theta, dtheta/ds = -L_vv / L_xx, which keeps
-        R^-1 (dR - F R) R^T symmetric.
+        In closed form but for an angle: R = L O, with L Cholesky's factor where M = 1 and O a turn by theta. What is
+        left of the equation is dO O^T = L^-1 (F + G G^T S^-1 / 2) L - L^-1 dL, whose upper right entry says dtheta/ds
+        = -L_vv / L_xx.
         """
         s = self._clock(t)
         (xx, xv, vv), det = self._spread(s)[0].flatten(-2)[..., [0, 1, 3]].unbind(-1), self._spread(s)[1]
