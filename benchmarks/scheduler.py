@@ -12,15 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    IPNDMScheduler,
-    UniPCMultistepScheduler,
-)
 
 from hasten import tree
 from hasten.bridge.scheduler import SolverScheduler
@@ -33,23 +26,47 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 RESULT = Path(__file__).parent / "results" / "scheduler.json"
 
 
-def vp():
-    return DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing")
+def vp(name="DDIM", **config):
+    """One of diffusers' schedulers on Stable Diffusion's betas."""
+    return lambda: getattr(diffusers, f"{name}Scheduler")(**BETAS | config)
 
 
-def flow():
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+def flow(name="Euler", **config):
+    """One of its flow matching schedulers."""
+    return lambda: getattr(diffusers, f"FlowMatch{name}Scheduler")(**{"shift": 3.0} | config)
 
 
+EPS = vp(clip_sample=False, timestep_spacing="trailing")
+FLOW = flow("EulerDiscrete")
 PEERS = {
-    "ddim": (vp, vp),
-    "euler": (flow, flow),
-    "dpmpp_2m": (vp, lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=2)),
-    "unipc": (vp, lambda: UniPCMultistepScheduler(**BETAS, solver_order=2)),
-    "heun": (vp, lambda: HeunDiscreteScheduler(**BETAS)),
-    "ipndm": (vp, IPNDMScheduler),
+    "ddim": (EPS, EPS),
+    "euler": (FLOW, FLOW),
+    "dpmpp_2m": (EPS, vp("DPMSolverMultistep", solver_order=2)),
+    "dpmpp_3m": (EPS, vp("DPMSolverMultistep", solver_order=3)),
+    "dpmpp_2s": (EPS, vp("DPMSolverSinglestep", solver_order=2)),
+    "dpm_solver": (
+        EPS,
+        vp("DPMSolverSinglestep", solver_order=2, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+    ),
+    "unipc": (EPS, vp("UniPCMultistep", solver_order=2)),
+    "deis": (EPS, vp("DEISMultistep", solver_order=3)),
+    "heun": (EPS, vp("HeunDiscrete")),
+    "edm": (EPS, vp("HeunDiscrete")),
+    "midpoint": (EPS, vp("KDPM2Discrete")),
+    "pndm": (EPS, vp("PNDM", skip_prk_steps=True)),
+    "ipndm": (EPS, diffusers.IPNDMScheduler),
+    "lms": (EPS, vp("LMSDiscrete")),
+    "ddpm": (EPS, vp("DDPM", clip_sample=False)),
+    "euler_ancestral": (EPS, vp("EulerAncestralDiscrete")),
+    "sde_dpmpp_2m": (EPS, vp("DPMSolverMultistep", algorithm_type="sde-dpmsolver++")),
+    "sde_dpmpp_3m": (EPS, vp("DPMSolverMultistep", algorithm_type="sde-dpmsolver++", solver_order=3)),
+    "sa_solver": (EPS, vp("SASolver")),
+    "consistency": (FLOW, flow("LCM")),
+    "lcm": (EPS, vp("LCM", clip_sample=False)),
+    "tcd": (EPS, vp("TCD", clip_sample=False)),
 }
-"""Solver: the base it stands on in hasten, and diffusers' scheduler of that name."""
+"""Solver: the base it stands on in hasten, and diffusers' scheduler of that name; `edm` without churn is Heun's, and
+`midpoint` is KDPM2."""
 
 
 def main(pairs=60):
@@ -58,7 +75,7 @@ def main(pairs=60):
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     for row in rows:
-        print(f"{row['solver']:9} {row['shape']!s:18} {row['theirs_us']:7.0f} us  {row['ours_us']:7.0f} us a call   "
+        print(f"{row['solver']:15} {row['shape']!s:18} {row['theirs_us']:7.0f} us  {row['ours_us']:7.0f} us a call   "
               f"ratio {Spread(**row['ratio'])}   set_timesteps {row['set_timesteps_ms']}")  # fmt: skip
 
 

@@ -30,6 +30,12 @@ from diffusers import (
 SIDE = 32
 
 
+def ask(pipe: Any, **given: Any) -> torch.Tensor:
+    """The latents that a pipeline ends with, of pictures, frames or sounds."""
+    out = pipe(**{"output_type": "latent"} | given)
+    return next(getattr(out, kind) for kind in ("images", "frames", "audios") if hasattr(out, kind))
+
+
 @dataclass(frozen=True)
 class Family:
     """A pipeline and how it is called; `call(pipe, **more)` gives latents."""
@@ -40,17 +46,16 @@ class Family:
     network: Callable[[Any, dict[str, Any]], Callable[[torch.Tensor, float], torch.Tensor]]
     shape: tuple[int, ...]
     calls: int = 1  # network calls an evaluation: two where the branches are asked for one after the other
+    ask: Callable[..., torch.Tensor] = ask
 
     def call(self, pipe: Any, **more: Any) -> torch.Tensor:
-        rng = torch.Generator().manual_seed(0)
-        out = pipe(**self.inputs() | {"output_type": "latent", "generator": rng} | more)
-        return out.frames if hasattr(out, "frames") else out.images
+        return self.ask(pipe, **self.inputs() | {"generator": torch.Generator().manual_seed(0)} | more)
 
 
-def _vae() -> AutoencoderKL:
+def _vae(levels: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=SIDE, shift_factor=0.1,
+        block_out_channels=(8,) * levels, norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, sample_size=SIDE, shift_factor=0.1,
     )  # fmt: skip
 
 
