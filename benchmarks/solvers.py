@@ -254,10 +254,10 @@ def emoji(judged: int = 8, train: int = 16) -> None:
         few, many = (replay(pipe, prompt=prompts[i:], generator=rngs[i:]) for i in (train, 0))
         exact, wide = (exactly(*job) for job in (("emoji-8", few, 250), ("emoji-24", many, 100)))
         want = exact.x[-1].flatten(1)
-        measure(kept, few.denoise, few.x, exact, lambda end: frechet_small(end.flatten(1), want), peers)
         for calls in (5, 6, 8, 10):
             found = partial(fitted, many.denoise, many.x, wide, calls, None, judged, 8)
             kept.add({"who": "fitted", "solver": "olss", "calls": calls}, found)
+        measure(kept, few.denoise, few.x, exact, lambda end: frechet_small(end.flatten(1), want), peers)
 
 
 def exactly(name: str, seen, steps: int) -> Trajectory:
