@@ -250,6 +250,17 @@ def test_srds_calls_once_for_a_coarse_step_and_the_first_fine_one() -> None:
     assert (counted.passes, counted.calls) == (25, 5 * (5 + 4 + 3 + 2 + 1))
 
 
+def test_srds_refines_blocks_of_unequal_length_as_well() -> None:
+    """28 steps in 5 blocks of 5 and 6, where a coarse step may be known before or after the fine ones it corrects: the
+    tolerance is met three waves before the last."""
+    for path in PATHS:
+        grid, x = laid(path, 28)
+        counted = Counted(mixture(path))
+        got = solve(srds, counted, x, grid)
+        assert counted.passes <= 20
+        assert (got - solve(ddim, mixture(path), x, grid)).square().mean(1).sqrt().max() < 1e-3
+
+
 # counting
 
 
