@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "grid with settings": {"solver": "unipc", "grid": {"shifted": {"shift": 2.5}}, "steps": 6},
     "guidance": {"guidance": {"interval": [0.0, 0.5]}},
     "methods by name": {"methods": ["runtime.bf16", {"cache.first_block": {"threshold": 0.2}}]},
+    "noise": {"solver": "sde_dpmpp_2m", "noise": "path"},
     "settings left empty": {"methods": [{"cache.interval": None}]},
 }
 
@@ -78,7 +79,10 @@ def test_methods_are_put_in_order_of_their_stage() -> None:
 
 
 MISTAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "unknown key": ({"solvr": "ddim"}, ("unknown key", "solvr", "solver, grid, steps, guidance, methods")),
+    "noise without a solver": ({"noise": "path"}, ("noise is of solvers that add some", "sde_dpmpp_2m")),
+    "noise of a solver that adds none": ({"solver": "euler", "noise": "path"}, ("noise is of solvers that add some",)),
+    "noise unknown": ({"solver": "ddpm", "noise": "pink"}, ("noise", "fresh", "path")),
+    "unknown key": ({"solvr": "ddim"}, ("unknown key", "solvr", "solver, grid, steps, noise, guidance, methods")),
     "unknown key within": ({"guidance": {"sclae": 3}}, ("unknown key", "guidance.sclae", "scale, interval")),
     "unknown setting": ({"methods": [{"cache.interval": {"evry": 2}}]}, ("cache.interval", "evry", "every")),
     "unknown solver": ({"solver": "dpm"}, ("unknown solver", "dpm", "did you mean ddpm", "hasten methods")),

@@ -48,6 +48,8 @@ class Recipe(BaseModel):
         solver: name of a file in `solvers/`, or {name: settings}.
         grid: name of a file in `grids/`, {name: settings}, or the times themselves, falling from 1 to 0.
         steps: steps of the solver.
+        noise: of a stochastic solver: "fresh" numbers a step, as diffusers draws them, or one Brownian "path" for every
+            number of steps, so that more steps refine the same picture. Absent: fresh.
         methods: applied in order of their stage.
     """
 
@@ -57,6 +59,7 @@ class Recipe(BaseModel):
     solver: str | dict[str, dict[str, Any]] | None = None
     grid: str | dict[str, dict[str, Any]] | tuple[float, ...] | None = None
     steps: int | None = Field(None, ge=1, le=10_000, strict=True)
+    noise: Literal["fresh", "path"] | None = None
     guidance: Guidance = Field(default_factory=lambda: Guidance.model_validate({}))
     methods: tuple[Method, ...] = ()
 
@@ -85,7 +88,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        self.solving()
+        solver = self.solving()
+        if self.noise is not None and not (solver and solver.stochastic):
+            raise ValueError("noise is of solvers that add some: take one such as sde_dpmpp_2m, or leave noise out")
         if self.grid is not None and self.solver is None:
             raise ValueError("a grid needs a solver; add `solver: ddim` to keep close to the usual one")
         if isinstance(self.grid, tuple):
@@ -151,7 +156,7 @@ class Recipe(BaseModel):
         """Plain data that `from_dict` reads back to an equal recipe; absent parts are left out."""
         grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
         guidance = self.guidance.model_dump(mode="json", exclude_none=True)
-        parts = {"hasten": VERSION, "solver": self.solver, "grid": grid, "steps": self.steps}
+        parts = {"hasten": VERSION, "solver": self.solver, "grid": grid, "steps": self.steps, "noise": self.noise}
         methods = [{m.label(): m.model_dump(mode="json")} for m in self.methods]
         return {k: v for k, v in parts.items() if v is not None} | (
             {"guidance": guidance} if guidance else {}

@@ -15,7 +15,7 @@ from hasten import Recipe, tree
 from hasten.bridge.pipelines import networks
 from hasten.bridge.process import process
 from hasten.bridge.scheduler import SolverScheduler
-from hasten.brownian import Noise
+from hasten.brownian import Brownian, Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node, build
 from hasten.paths.flow import Flow
@@ -165,6 +165,38 @@ def test_a_users_generator_decides_the_noise(name: str) -> None:
             twice = {k: torch.cat([v, v]) for k, v in plain(family).items() if isinstance(v, torch.Tensor)}
             pair, alone = draw([1, 2], **twice), torch.cat([draw([1]), draw([2])])
             assert (pair - alone).abs().max() < 1e-4 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", ["sd3", "svd"])
+@pytest.mark.parametrize("solver", ["euler_maruyama", "sde_dpmpp_2m"])
+def test_noise_can_be_one_path_for_every_number_of_steps(name: str, solver: str) -> None:
+    """Ten steps and forty then end in nearly the same sample; it is what the standalone solver makes of a `Brownian`
+    of the same generator; and the next picture of that generator is another."""
+    family = NAMED[name]
+    pipe, x = family.build(), start(family)
+
+    def draw(steps: int, kind: str, *rngs: torch.Generator) -> list[torch.Tensor]:
+        recipe = {"solver": solver, "grid": "uniform", "steps": steps, "noise": kind}
+        with hasten.accelerate(pipe, Recipe.from_dict(recipe)):
+            return [family.ask(pipe, **plain(family), latents=x.clone(), generator=rng) for rng in rngs]
+
+    def alike(kind: str) -> float:
+        ends = [draw(steps, kind, torch.Generator().manual_seed(1))[0].flatten() for steps in (10, 40)]
+        return float(torch.corrcoef(torch.stack(ends))[0, 1])
+
+    assert alike("path") > 0.9 > 0.7 > alike("fresh")
+    rng = torch.Generator().manual_seed(1)
+    one, two = draw(10, "path", rng, rng)
+    assert not torch.allclose(one, two, atol=0.1)
+    if name == "sd3":
+        known, network = process(pipe.scheduler), family.network(pipe, family.inputs())
+        grid = build(known.path, tree.function("grids", "uniform"), 10)
+        noise = Brownian.of(torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            want = solve(
+                SOLVERS[solver], lambda x, n: known.read(network(x, known.timestep(n.t)), x, n), x, grid, noise
+            )
+        assert (one - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", [n for n in FIT if SOLVERS[n].stochastic])

@@ -74,7 +74,8 @@ def _scheduler(pipe: Any, recipe: Recipe) -> Patch:
         solver = recipe.solving()
         if solver is not None:
             try:
-                patch.set(pipe, "scheduler", SolverScheduler(_base(pipe.scheduler), solver, _lay(recipe)))
+                base, refines = _base(pipe.scheduler), recipe.noise == "path"
+                patch.set(pipe, "scheduler", SolverScheduler(base, solver, _lay(recipe), refines))
             except ValueError as error:
                 raise RecipeError(str(error)) from None
         return patch.keep()

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hasten.bridge.process import asked, planned, process
+from hasten.brownian import Brownian, Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node, at
 from hasten.path import Path
@@ -54,16 +55,17 @@ class SolverScheduler:
     Attributes:
         base: the scheduler it stands in for; it gives configuration, path and, where no grid is laid, its own times.
         lay: (path, steps) -> Grid; None keeps the times of `base`.
+        refines: noise is one Brownian path for every number of steps, keyed by time, instead of fresh numbers a step.
         order: network calls a step, as pipelines count them.
         generator: where stochastic solvers get their noise, if the pipeline passes none to `step`: one for all rows, a
             list of one each, or None for torch's own.
         sigmas: noise at each call and at the end, counted as `base` counts, on the host.
     """
 
-    def __init__(self, base: Any, solver: Solver, lay: Lay | None = None) -> None:
+    def __init__(self, base: Any, solver: Solver, lay: Lay | None = None, refines: bool = False) -> None:
         if solver.unfit:
             raise ValueError(f"{solver.unfit}; take another solver here, or use hasten.solvers.drive.solve")
-        self.base, self.solver, self.lay = base, solver, lay
+        self.base, self.solver, self.lay, self.refines = base, solver, lay, refines
         self.process = process(base)
         self.config, self.order = base.config, solver.calls
         self._tells_clean = type(base).__name__ == "LCMScheduler"  # its pipelines take the clean sample from a step too
@@ -172,12 +174,7 @@ class SolverScheduler:
             raise RuntimeError("call set_timesteps before step")
         begin = self._begin if self._begin is not None else self.index_for_timestep(timestep)
         rng = self.generator if generator is None else generator
-
-        def noise(start: float, stop: float, like: Tensor) -> Tensor:
-            """As diffusers' own draw it, one draw an increment: what is asked for on one way never overlaps."""
-            drawn: Tensor = randn_tensor(like.shape, generator=rng, device=like.device, dtype=like.dtype)
-            return drawn
-
+        noise = Brownian.of(rng) if self.refines else _fresh(rng)
         self._running = self.solver(sample.float(), self._since(begin), noise)
         _, self._node = next(self._running)
         self.step_index = begin
@@ -215,3 +212,13 @@ class SolverScheduler:
 
     def __len__(self) -> int:
         return int(self.config.get("num_train_timesteps", 1000))
+
+
+def _fresh(rng: Any) -> Noise:
+    """As diffusers' own draw it, one draw an increment: what is asked for on one way never overlaps."""
+
+    def noise(start: float, stop: float, like: Tensor) -> Tensor:
+        drawn: Tensor = randn_tensor(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+        return drawn
+
+    return noise
