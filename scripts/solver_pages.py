@@ -44,7 +44,7 @@ def summary(rows: Rows) -> list[str]:
         theirs, ours, fit = best(rows, "diffusers", calls), best(rows, "hasten", calls), fitted(rows, calls, "olss")
         cells = [f"{r['error']:.4f} ({name(r)})" if r else "-" for r in (theirs, ours)]
         ratio = f"{theirs['error'] / ours['error']:.2f}x" if theirs and ours else "-"
-        fixed = {k: v for k, v in fit["errors"].items() if k not in ("fitted", "curvature")} if fit else {}
+        fixed = {k: v for k, v in fit["errors"].items() if k not in ("fitted", "curvature", "elbo")} if fit else {}
         grid = min(fixed, key=lambda k: fixed[k]) if fixed else ""
         more = [f"{fixed[grid]:.4f} ({grid})", f"{fit['errors']['fitted']:.4f}"] if fit else ["-", "-"]
         page.append(f"| {calls} | {cells[0]} | {cells[1]} | {ratio} | {more[0]} | {more[1]} |")

@@ -15,8 +15,9 @@ systems = ("dp-timesteps",)
 
 
 def elbo(
-    denoise: Denoiser, x0: Tensor, grid: Grid, rng: torch.Generator, tick: Callable[[int], None] = lambda n: None
-) -> Tensor:
+    denoise: Denoiser, x0: Tensor, grid: Grid, rng: torch.Generator, tick: Callable[[int], None] = lambda n: None,
+    rows: slice = slice(None),
+) -> Tensor:  # fmt: skip
     """[M + 1, M + 1], in nats a sample: terms of the negative ELBO, one network call a node for all pairs and budgets.
 
     A step from t to s costs KL(q(x_s | x_t, x0) || p(x_s | x_t)) = (SNR(s) - SNR(t)) / 2 E |x0 - x0_hat(x_t)|^2, Kingma
@@ -26,6 +27,7 @@ def elbo(
     Args:
         x0: samples [B, ...] of the data, or of the model.
         grid: M + 1 fine nodes.
+        rows: of the batch that are counted.
     """
     nodes = grid.nodes
     error = []
@@ -33,7 +35,8 @@ def elbo(
         eps = torch.randn(x0.shape, generator=rng, dtype=x0.dtype, device=rng.device).to(x0.device)
         with torch.no_grad():
             p = denoise(n.alpha * x0 + n.sigma * eps, n)
-        error.append(float((p.x0 - x0).double().square().sum() / len(x0)))
+        missed = (p.x0 - x0)[rows].double()
+        error.append(float(missed.square().sum() / len(missed)))
         tick(1)
     snr = torch.tensor([exp(2 * n.lam) for n in nodes[:-1]] + [exp(2 * nodes[-2].lam)], dtype=torch.float64)
     return (snr[None, :] - snr[:, None]).clamp_min(0) / 2 * torch.tensor([*error, 0.0], dtype=torch.float64)[:, None]

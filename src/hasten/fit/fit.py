@@ -11,6 +11,7 @@ from torch import Tensor
 from hasten import tree
 from hasten.denoiser import Denoiser, denoiser
 from hasten.fit.curvature import curvature
+from hasten.fit.elbo import elbo
 from hasten.fit.learned import learned
 from hasten.fit.search import refined
 from hasten.fit.shortest import shortest
@@ -111,8 +112,8 @@ def fit(
 ) -> Fitted:  # fmt: skip
     """Fits to the first samples of x, [B, ...] pure noise, and judges on the last `held`.
 
-    The candidates are every fixed grid and the one of least curvature (dynamic programming); the best is moved by a
-    search on the real error, and, if asked, by gradients.
+    The candidates are every fixed grid and, by dynamic programming, the ones of least curvature and of least loss of
+    likelihood; the best is moved by a search on the real error, and, if asked, by gradients.
 
     Args:
         solver: one of the tree's, whose times alone are fitted; None fits a multistep solver too (`solvers.olss`).
@@ -151,12 +152,17 @@ def fittable(solver: Solver | None) -> None:
 
 
 def candidates(subject: Subject, path: Path, steps: int) -> dict[str, Grid]:
-    """Every fixed grid, and the one of least curvature, by name."""
+    """Every fixed grid, and those of least curvature and of least loss of likelihood, by name."""
     found = {name: build(path, spacing, steps) for name, spacing in tree.functions("grids").items()}
     found |= {f"shifted {s}": build(path, tree.function("grids", "shifted"), steps, shift=s) for s in SHIFTS}
     fine = subject.exact.rows(subject.train).thinned(max(POINTS, 2 * steps))
-    way = shortest(curvature(fine), steps)
-    return found | {"curvature": at(path, [fine.grid.nodes[i].t for i in way])}
+    rng = torch.Generator().manual_seed(0)
+    costs = {
+        "curvature": curvature(fine),
+        "elbo": elbo(subject.denoise, subject.exact.x[-1], fine.grid, rng, subject.tick, subject.train),
+    }
+    ways = {name: shortest(cost, steps) for name, cost in costs.items()}
+    return found | {name: at(path, [fine.grid.nodes[i].t for i in way]) for name, way in ways.items()}
 
 
 def table(found: Fitted) -> str:
@@ -171,6 +177,12 @@ def table(found: Fitted) -> str:
 
 def calls(solver: Solver | None, steps: int, effort: Effort) -> int:
     """About how many network calls a fit makes."""
-    grids = len(tree.functions("grids")) + len(SHIFTS) + 1
+    grids = len(tree.functions("grids")) + len(SHIFTS) + 2
     each = steps * (solver.calls if solver else 1)
-    return 2 * effort.fine + each * (grids + effort.search + 3) + (3 * steps * effort.rounds if solver is None else 0)
+    points = min(effort.fine, max(POINTS, 2 * steps))  # of the terms of the ELBO
+    return (
+        2 * effort.fine
+        + points
+        + each * (grids + effort.search + 3)
+        + (3 * steps * effort.rounds if solver is None else 0)
+    )
