@@ -12,7 +12,7 @@ def curvature(exact: Trajectory) -> Tensor:
     """[M + 1, M + 1]: the mean distance, over the state's norm, between the exact state at node j and what one step of
     DDIM from the exact state at node i makes; the trajectory is all that is needed, no further call.
 
-    The cost of Chen et al. 2024, arXiv:2405.11326 eq. 10 (GITS); `shortest` finds the grid of K steps that sums least.
+    The cost of Chen et al. 2024, arXiv:2405.11326 sec. 5 (GITS); `shortest` finds the grid of K steps that sums least.
     """
     nodes, states = exact.grid.nodes, exact.x.flatten(2)
     scale = states[-1].norm(dim=-1)

@@ -21,7 +21,7 @@ def elbo(
     """[M + 1, M + 1], in nats a sample: terms of the negative ELBO, one network call a node for all pairs and budgets.
 
     A step from t to s costs KL(q(x_s | x_t, x0) || p(x_s | x_t)) = (SNR(s) - SNR(t)) / 2 E |x0 - x0_hat(x_t)|^2, Kingma
-    et al. 2021, arXiv:2107.00630 eq. 14; the table is Watson et al. 2021, arXiv:2106.03802 sec. 4. The last step ends
+    et al. 2021, arXiv:2107.00630 eq. 13; the table is Watson et al. 2021, arXiv:2106.03802. The last step ends
     clean, where the SNR is infinite: it is counted up to the SNR of the node before.
 
     Args:

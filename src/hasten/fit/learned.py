@@ -18,8 +18,8 @@ class Rollout:
     """A solver of `solvers.olss`'s form whose K - 1 inner times and weights are parameters.
 
     The times are cumulative shares of a softmax, so that they always fall; weights are offsets from where they start.
-    Tong et al. 2024, arXiv:2405.15506 eq. 8 (LD3: times against the teacher's end state); Frankel et al. 2025,
-    arXiv:2502.17423 sec. 3 (S4S: coefficients as well).
+    Tong et al. 2024, arXiv:2405.15506 eq. 5 (LD3: times against the teacher's end state); Frankel et al. 2025,
+    arXiv:2502.17423 (S4S: coefficients as well).
     """
 
     def __init__(self, path: Path, grid: Grid, weights: Weights) -> None:

@@ -15,7 +15,7 @@ def refined(
     """The best times found by a (1+1) evolution strategy on the logarithms of the gaps, and their loss.
 
     Both ends stay. The spread grows after a success and shrinks after a failure so that a fifth of the tries succeed
-    (Beyer & Schwefel 2002, doi:10.1023/A:1015059928466 sec. 2.3).
+    (Beyer & Schwefel 2002, doi:10.1023/A:1015059928466).
 
     Args:
         loss: of falling times; infinite or NaN is taken as a failure.

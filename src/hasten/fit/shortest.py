@@ -9,7 +9,7 @@ from torch import Tensor
 def shortest(cost_MM: Tensor, steps: int) -> list[int]:
     """The K + 1 indices, rising from 0 to the last point, whose jumps cost least in sum.
 
-    Watson et al. 2021, arXiv:2106.03802 alg. 1 (there for terms of the ELBO); O(K M^2).
+    Watson et al. 2021, arXiv:2106.03802 (there for terms of the ELBO); O(K M^2).
 
     Args:
         cost_MM: [M, M], of jumping from point i to point j > i; what stands elsewhere is not read.

@@ -20,7 +20,7 @@ def subspace(
 
     At each step the exact state at its end is approximated by w_x x + sum_j w_j x0_j over all samples and elements: so
     that an error made before is corrected as far as a sum can. The penalty pulls towards DDIM's step, which is what
-    infinite `ridge` gives. Duan et al. 2023, arXiv:2305.14677 eq. 8 and 9.
+    infinite `ridge` gives. Duan et al. 2023, arXiv:2305.14677.
 
     Args:
         exact: the fine run of the same samples.

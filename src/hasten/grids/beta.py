@@ -22,7 +22,7 @@ def beta(
     b: Annotated[float, Field(ge=0.1, le=5, json_schema_extra={"low": 0.3, "high": 2})] = 0.6,
 ) -> list[float]:  # fmt: skip
     """The times at which the distribution function of Beta(a, b) is 1, 1 - 1/N .. 0: below 1 both ends get small steps.
-    Lee et al. 2024, arXiv:2407.12173 sec. 4; a = b = 1 is `uniform`."""
+    Lee et al. 2024, arXiv:2407.12173; a = b = 1 is `uniform`."""
     return list(_quantiles(steps, a, b))
 
 

@@ -28,7 +28,7 @@ def dm_nonuniform(
     cancel: bool = False,
 ) -> list[float]:  # fmt: skip
     """The times whose `bound` is least, between lam = `low`, met at t = 1, and `high`, met at t = 0; DM-NonUniform, Xue
-    et al. 2024, arXiv:2402.17376 sec. 3.
+    et al. 2024, arXiv:2402.17376 alg. 1.
 
     What was found is kept for the same settings.
 
@@ -49,7 +49,7 @@ def bound(lams: Tensor, order: int, power: float, cancel: bool = False) -> Tenso
 
     A step from lam_n integrates e^lam times the polynomial through the last `order` x0, fewer while there are fewer
     and as the end nears: that gives each x0 a weight in each step. The error of an x0 is at most sigma^power / alpha
-    (variance preserving), times a constant. arXiv:2402.17376 sec. 3.2.
+    (variance preserving), times a constant. arXiv:2402.17376 eq. 35.
 
     Args:
         cancel: after the third step an x0's weights in several steps may cancel, as in the authors' code; else each

@@ -21,7 +21,7 @@ def autoguidance(
     prolonged, takes out error without the loss of variety that a step away from "no condition" brings. The same
     arithmetic as classifier-free guidance. scale = 1 is `main` alone.
 
-    Karras et al. 2024, arXiv:2406.02507 sec. 3. Two network calls, the second of the cheaper network; one at scale 1
+    Karras et al. 2024, arXiv:2406.02507 sec. 4. Two network calls, the second of the cheaper network; one at scale 1
     and outside `interval`.
     """
     return cfg(main, worse, scale=scale, interval=interval)

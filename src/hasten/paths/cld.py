@@ -29,7 +29,7 @@ class CLD:
 
     A path whose alpha and sigma are matrices. In units where M = 1, and in the clock s = beta t / sqrt(M), it has no
     parameters: alpha = e^-s [[1 + s, s], [-s, 1 - s]], the law at rest is a standard normal, and the covariance of
-    what noise adds is I - alpha alpha^T (its appendix B.1).
+    what noise adds is I - alpha alpha^T (its appendix).
 
     Attributes:
         beta: speed of the clock.

@@ -11,7 +11,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Preserving:
     """Variance preserving with linear beta: log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2. Song et al. 2020,
-    arXiv:2011.13456 eq. 33; its inverse is Lu et al. 2022, arXiv:2206.00927 appendix D.4."""
+    arXiv:2011.13456 eq. 33; its inverse is Lu et al. 2022, arXiv:2206.00927, appendix."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0

@@ -48,7 +48,7 @@ def transfer(
     p: Prediction, now: Node, after: Node, eps: Sequence[Tensor] = (), shares: Sequence[float] = (1.0,)
 ) -> Tensor:
     """The state of `p` moved to `after` with the sum of these shares of `eps`, the first of which is p's own: phi of
-    Liu et al. 2022, arXiv:2202.09778 eq. 9, which solves d(x / alpha) = eps d(sigma / alpha) for an eps that stays.
+    Liu et al. 2022, arXiv:2202.09778 (eq. 9), which solves d(x / alpha) = eps d(sigma / alpha) for an eps that stays.
     [B, ...], a new tensor.
 
     It is DDIM's step and what the others differ by, so that a single eps needs no division by alpha.

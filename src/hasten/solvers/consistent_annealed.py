@@ -18,7 +18,7 @@ def consistent_annealed(
     x: Tensor, grid: Grid, noise: Noise, *, eta: Annotated[float, Field(ge=0, le=1)] = 0.5
 ) -> Steps:
     """One call a step; were x0 right, the noise of every state would be its level's exactly. Jolicoeur-Martineau et al.
-    2020, arXiv:2009.05475 alg. 2; the step that ends clean is its final denoising.
+    2020, arXiv:2009.05475; the step that ends clean is its final denoising.
 
     On x / alpha, of noise s = sigma / alpha, it is x + eta s^2 score + sqrt(s'^2 - (1 - eta)^2 s^2) z, so of the old
     noise the share k = (1 - eta) s / s' of the new level stays: x' = alpha' x0 + sigma' (k eps + sqrt(1 - k^2) z). A

@@ -25,7 +25,7 @@ def ddpm(
 ) -> Steps:  # fmt: skip
     """One call a step, on any path and any grid: x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + noise, s^2 = eta^2 times
     the variance of the posterior q(x' | x, x0). Ho et al. 2020, arXiv:2006.11239 alg. 2 (eta = 1); Song et al. 2020,
-    arXiv:2010.02502 eq. 12 and 16; on fewer steps, Nichol & Dhariwal 2021, arXiv:2102.09672 sec. 4 eq. 19.
+    arXiv:2010.02502 eq. 12 and 16; on fewer steps, Nichol & Dhariwal 2021, arXiv:2102.09672 sec. 4.
 
     It is the reverse SDE with x0 held over a step. The noise is an increment on the clock (alpha / sigma)^2, so with
     eta = 1 the Ito integral of the step is met exactly. No noise falls into a clean end.

@@ -22,7 +22,7 @@ def deis(
     corrected: bool = True,
 ) -> Steps:  # fmt: skip
     """One call a step: the integral of eps over sigma / alpha, with eps a polynomial through the last ones. Zhang and
-    Chen 2022, arXiv:2204.13902 sec. 3, tAB-DEIS and rhoAB-DEIS.
+    Chen 2022, arXiv:2204.13902 sec. 3 (tAB-DEIS) and 4 (rhoAB-DEIS).
 
     Args:
         order: the paper's degree and one: 1 is DDIM.

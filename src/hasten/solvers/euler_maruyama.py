@@ -21,7 +21,7 @@ def euler_maruyama(x: Tensor, grid: Grid, noise: Noise, *, tau: Annotated[float,
     Per unit of lam the SDE pulls eps down by 1 + tau^2, and lam moves by g^2 / (2 sigma^2) per unit of time. A step in
     which that makes more than 2 is longer than an explicit method can take, as it always is from pure noise, where g is
     infinite; there x0 and eps are held over the step, whose noise is then exact (Lu et al. 2022, arXiv:2211.01095
-    appendix A). So it is with the step that ends clean.
+    sec. 5). So it is with the step that ends clean.
 
     Args:
         tau: noise: 1 is the reverse SDE, 0 the flow, and in between and above all have the same marginals.

@@ -15,10 +15,10 @@ from hasten.solvers.declare import Jet, solver
 @solver(order=2, calls=2, asks="jets", systems=("genie",))
 def genie(x: Tensor, grid: Grid) -> Generator[Jet | tuple[Tensor, Node], Any, Tensor]:
     """Second order, one call and one derivative a step: with gamma = sigma / alpha and y = x / alpha, y' = y + h eps +
-    h^2 / 2 d eps / d gamma, where h = gamma' - gamma. Dockhorn et al. 2022, arXiv:2210.05475 eq. 7.
+    h^2 / 2 d eps / d gamma, where h = gamma' - gamma. Dockhorn et al. 2022, arXiv:2210.05475 eq. 9.
 
     The derivative is the total one along the trajectory, in which x moves by alpha' x0 + sigma' eps as t moves by 1
-    (its eq. 9, whose two Jacobian-vector products are one here). Taken in t, it is divided by d gamma / dt =
+    (its eq. 12, whose two Jacobian-vector products are one here). Taken in t, it is divided by d gamma / dt =
     (sigma' - gamma alpha') / alpha. From pure noise, where gamma is infinite, the step is DDIM's.
     """
     for now, after in grid.steps():

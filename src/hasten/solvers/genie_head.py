@@ -51,7 +51,7 @@ class Headed:
     """A Denoiser whose derivative a head answers, so that `genie` makes one call a step and needs no forward mode.
 
     With gamma = sigma / alpha and (k1, k2, k3) what the head says, d eps / d gamma = -k1 / gamma + k2 gamma / (1 +
-    gamma^2) + k3 / (gamma (1 + gamma^2)). Dockhorn et al. 2022, arXiv:2210.05475 sec. 4 and its code's `GENIEModel`.
+    gamma^2) + k3 / (gamma (1 + gamma^2)). Dockhorn et al. 2022, arXiv:2210.05475 sec. 3.1 and its code's `GENIEModel`.
 
     Attributes:
         network: the denoiser's network, which also shows its features.
@@ -74,7 +74,7 @@ class Headed:
 
     def loss(self, x: Tensor, n: Node) -> Tensor:
         """Mean of gamma^2 |d eps / d gamma as the head says - as the network moves|^2 over states x [B, ...] of node n,
-        which is no end; gradients reach the head alone. Its sec. 4, with g = gamma^2."""
+        which is no end; gradients reach the head alone. Its sec. 3.1, with g = gamma^2."""
         plain = denoiser(lambda x, t: self.network(x, t)[0], self.target)
         with torch.no_grad():
             p, rise = plain.jet(x, n, lambda p: p.mix(x0=n.dalpha, eps=n.dsigma), 1.0)

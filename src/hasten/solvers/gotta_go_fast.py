@@ -28,7 +28,7 @@ def gotta_go_fast(
 ) -> BatchSteps:  # fmt: skip
     """Two calls an attempt, at the grid's ends alone: Euler-Maruyama x', then stochastic improved Euler x'' with the
     same noise; x'' is kept where (x'' - x') / max(atol, rtol |x'|, rtol |x'_before|) has a root mean square over a
-    sample of 1 or less. Jolicoeur-Martineau et al. 2021, arXiv:2105.14080 alg. 1.
+    sample of 1 or less. Jolicoeur-Martineau et al. 2021, arXiv:2105.14080.
 
     Each sample has its own time and step. A question asks for all samples at once, in their order, each at its own
     node, so conditioning of the batch fits. A sample that has arrived is asked along: a batch costs what its slowest

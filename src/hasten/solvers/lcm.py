@@ -20,7 +20,7 @@ def lcm(
     sigma_data: Annotated[float, Field(gt=0, le=10)] = 0.5,
 ) -> Steps:  # fmt: skip
     """Multistep consistency sampling with f = c_skip x + c_out x0 around an ordinary network, one call a step. Luo et
-    al. 2023, arXiv:2310.04378 alg. 2.
+    al. 2023, arXiv:2310.04378.
 
     c_skip = d^2 / ((s t)^2 + d^2) and c_out = s t / sqrt((s t)^2 + d^2) make f(x, 0) = x; with the large s that is used
     they are 0 and 1 at every time of a grid, and this is `consistency`.

@@ -19,7 +19,7 @@ def lms(
     """One call a step (of order 4 one more, at the second state): variable-step Adams-Bashforth on eps in sigma /
     alpha, the polynomials integrated exactly.
 
-    The LMS of k-diffusion, DEIS's rhoAB (Zhang & Chen 2022, arXiv:2204.13902 sec. 3) and what zju-pi/diff-sampler calls
+    The LMS of k-diffusion, DEIS's rhoAB (Zhang & Chen 2022, arXiv:2204.13902 sec. 4) and what zju-pi/diff-sampler calls
     iPNDM-v are this method. What was seen at pure noise, where sigma / alpha is infinite, is left out of the
     polynomials.
 

@@ -19,7 +19,7 @@ def olss(x: Tensor, grid: Grid, *, weights: tuple[Row, ...] = ()) -> Steps:
 
     The weights come from `hasten fit` and belong to the grid that they were fitted with, one row a step: of x, of the
     newest x0, of the one before, and so on. No order is claimed: they are the least-squares answer for a few calls, not
-    a formula for many. Duan et al. 2023, arXiv:2305.14677 eq. 8 (optimal linear subspace search).
+    a formula for many. Duan et al. 2023, arXiv:2305.14677 (optimal linear subspace search).
 
     Raises:
         ValueError: there is not a row for every step.

@@ -25,7 +25,7 @@ def paradigms(
     tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance: a batch of `window` times a pass, and at most as many passes as
-    steps. Shih et al. 2023, arXiv:2305.16317 alg. 1.
+    steps. Shih et al. 2023, arXiv:2305.16317.
 
     All moves of the window are taken at the states as they are guessed, and summed from its first state, which is
     settled; the window slides over the states that this leaves where they were, and on to the first that it moves,

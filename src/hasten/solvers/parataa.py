@@ -34,7 +34,7 @@ def parataa(
     tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance: a batch of `window` times a pass, and at most as many passes as
-    steps. Tang et al. 2024, arXiv:2402.09970 alg. 1.
+    steps. Tang et al. 2024, arXiv:2402.09970.
 
     With r_i = F_i(x_i) - x_(i+1) what a step of the sampler misses, the equation of order k for x_(i+1) runs the last k
     steps from x_(i+1-k) on, of each holding what the network said: its residual is R_i = sum_j w_ij r_j, j from i - k +
@@ -68,7 +68,7 @@ def parataa(
         sizes = [n.alpha if hold == "noise" else 1.0 for n in here[1:]]
         missed = torch.tensordot(_carried(sizes, span).to(missed), missed, 1)
         new = guess + missed
-        past = [*past[len(past) + 1 - memory :], (begin, guess, missed)] if memory > 1 else []
+        past = [*past[1 - memory :], (begin, guess, missed)] if memory > 1 else []
         if len(past) > 1 and loose + 1 < len(new):
             new[loose + 1 :] -= _taken(past)[loose + 1 :]
         settled = min(len(new), loose + 1)

@@ -30,7 +30,7 @@ def predictor_corrector(
     |z| / |score|)^2. Song et al. 2020, arXiv:2011.13456 eq. 46, alg. 4 and 5.
 
     The predictor turns the forward transition x = a x' + sqrt(b) z of this very step around, x' = (2 - a) x + b score +
-    sqrt(b) z, which is alg. 4's on an exploding path (a = 1) and alg. 5's on a preserving one (a^2 + b = 1). From pure
+    sqrt(b) z, which is alg. 2's on an exploding path (a = 1) and alg. 3's on a preserving one (a^2 + b = 1). From pure
     noise (a = 0) that would double the variance: there x0 is held, as in `ddpm`. Norms are each sample's own, not a
     batch's mean, so no sample depends on its neighbours. The factor alpha_i of alg. 5, between 0.98 and 1, is left out:
     without it the step is the same on every path.

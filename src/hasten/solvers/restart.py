@@ -26,7 +26,7 @@ def restart(
     high: Annotated[float, Field(gt=0, le=100, json_schema_extra={"log": True, "low": 0.3, "high": 2})] = 0.3,
 ) -> Steps:  # fmt: skip
     """Down to t_min; then `rounds` times fresh noise up to t_max and the base's steps back down; then on to the end. Xu
-    et al. 2023, arXiv:2306.14878 sec. 3.1.
+    et al. 2023, arXiv:2306.14878 sec. 4.1 and alg. 2.
 
     Fresh noise forgets the errors made so far, the ODE makes few new ones. The ends of the interval are the grid's
     nodes nearest to `low` and `high`, at least one step apart, and its steps are the grid's own (the paper lays them

@@ -34,7 +34,7 @@ def dormand_prince(y: Tensor, start: float, stop: float, rtol: float, atol: floa
     step's first. Dormand & Prince 1980; Hairer, Norsett & Wanner, Solving ODEs I, table II.5.2.
 
     A step holds where the root mean square of error / (atol + rtol |y|) is at most 1 in every row. The next one's
-    length is a PI controller's, Hairer & Wanner, Solving ODEs II, eq. IV.2.43 with exponents 0.7 / 5 and 0.4 / 5.
+    length is a PI controller's, Hairer & Wanner, Solving ODEs II, sec. IV.2, with exponents 0.7 / 5 and 0.4 / 5.
 
     Raises:
         ValueError: a tolerance is not above 0, or the steps shrink to nothing.
@@ -106,7 +106,7 @@ def rk45(
 
     Its variable is the angle phi = arctan(sigma / alpha), finite at both ends and the same on every path: y = x /
     |(alpha, sigma)| = cos(phi) x0 + sin(phi) eps moves as dy/dphi = cos(phi) eps - sin(phi) x0 (Salimans & Ho 2022,
-    arXiv:2202.00512 sec. 4). Of the grid the ends alone count. No network is asked where clean: the last step there,
+    arXiv:2202.00512). Of the grid the ends alone count. No network is asked where clean: the last step there,
     from sigma = sqrt(atol) alpha, is DDIM's, which leaves out sigma^2 / 2 times the score.
 
     Raises:

@@ -34,7 +34,7 @@ def sa_solver(
 ) -> Steps:  # fmt: skip
     """One call a step: Adams-Bashforth on x0 over the exact solution with noise tau (`sde_dpmpp_2m` has it), then, with
     the call of the next step, Adams-Moulton over the same step and the same noise. Xue et al. 2023, arXiv:2309.05019
-    eq. 14, eq. 17 and alg. 1.
+    eq. 14 and 17.
 
     Fewer points are used while there are fewer, and before a clean end. Without noise (tau = 0) the order is that of
     the corrector's points, at most one above the predictor's, and at most 3, which its first step has; without a

@@ -15,11 +15,11 @@ from hasten.solvers.declare import Steps, solver
 
 @solver(order=lambda tau, **_: 1 if tau else 2, weak=2, stochastic=True, systems=("dpm-solver-pp",))
 def sde_dpmpp_2m(x: Tensor, grid: Grid, noise: Noise, *, tau: Annotated[float, Field(ge=0, le=2)] = 1.0) -> Steps:
-    """One call a step, from the last two x0, on any spacing. Lu et al. 2022, arXiv:2211.01095 appendix A.
+    """One call a step, from the last two x0, on any spacing. Lu et al. 2022, arXiv:2211.01095 sec. 5.
 
     With the noise of the reverse SDE scaled by tau its exact solution over a step h of lam is x' = sigma' / sigma
     e^(-tau^2 h) x + (1 + tau^2) alpha' int e^(-(1 + tau^2) (h - s)) x0(lam + s) ds + sigma' sqrt(1 - e^(-2 tau^2 h)) z
-    (Xue et al. 2023, arXiv:2309.05019 prop. 4.2); x0 is taken half a step ahead, on the line through the last two. The
+    (Xue et al. 2023, arXiv:2309.05019); x0 is taken half a step ahead, on the line through the last two. The
     noise is an increment on the clock e^(2 tau^2 lam), on which it is the exact Ito integral. First order where
     `dpmpp_2m` is.
 

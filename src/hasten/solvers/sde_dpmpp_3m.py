@@ -20,7 +20,7 @@ from hasten.solvers.sa_solver import stretched
 def sde_dpmpp_3m(x: Tensor, grid: Grid, noise: Noise, *, tau: Annotated[float, Field(ge=0, le=2)] = 1.0) -> Steps:
     """One call a step, from the last three x0: the exact integral of the parabola through them, on any spacing, beside
     the exact noise of `sde_dpmpp_2m`. Crowson, k-diffusion, `sample_dpmpp_3m_sde`, after Lu et al. 2022,
-    arXiv:2211.01095; Xue et al. 2023, arXiv:2309.05019 prop. 4.2 and eq. 14.
+    arXiv:2211.01095; Xue et al. 2023, arXiv:2309.05019 eq. 14.
 
     k-diffusion's d2, like the D2 of diffusers, is half of the second derivative that it stands for: without noise both
     are of second order. Start and end are those of `dpmpp_3m`: the first step is mended by the trapezoid in (alpha /

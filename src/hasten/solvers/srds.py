@@ -36,7 +36,7 @@ def srds(
     tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance, in at most as many passes as steps: blocks of fine steps in
-    parallel, and one coarse step a block. Selvam et al. 2024, arXiv:2412.08292 alg. 1, in its pipelined form.
+    parallel, and one coarse step a block. Selvam et al. 2024, arXiv:2412.08292, in its pipelined form.
 
     In round p the state at the end of block b is G(x_b of p) + F(x_b of p - 1) - G(x_b of p - 1), with G one step over
     the block and F its fine steps; round 0 is G alone. After p rounds the first p blocks are exact. Each walk starts as

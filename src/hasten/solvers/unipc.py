@@ -24,7 +24,7 @@ def unipc(
     variant: Literal["bh1", "bh2"] = "bh2",
     corrector: bool = True,
 ) -> Steps:  # fmt: skip
-    """One call a step: UniPC of any order, in x0. Zhao et al. 2023, arXiv:2302.04867 alg. 5-8.
+    """One call a step: UniPC of any order, in x0. Zhao et al. 2023, arXiv:2302.04867 appendix A.
 
     UniP predicts from the last `order` x0; once the network has been asked at the predicted state, UniC corrects it by
     the same ones and the new one, which is one order more. Fewer are used while there are fewer, and before a clean

@@ -22,7 +22,7 @@ Project = Callable[[Tensor, Node], Tensor]
 
 def measured(part: Callable[[Tensor], Tensor], known: Tensor, rng: torch.Generator | None = None) -> Project:
     """The data consistency of a linear measurement: x - P x + P (alpha known + sigma z), z fresh at every asking.
-    Chung et al. 2021, arXiv:2112.05146 sec. 4.
+    Chung et al. 2021, arXiv:2112.05146.
 
     Args:
         part: P, an orthogonal projection: `lambda x: mask * x` for inpainting, `lambda x: enlarge(shrink(x))` with

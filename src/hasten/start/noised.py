@@ -42,7 +42,7 @@ def sample(
 
     With x0 a guide picture this is SDEdit, t0 its strength (Meng et al. 2021, arXiv:2108.01073 alg. 1): t0 at the end
     returns x0 itself, t0 at the start, where that is pure noise, is the plain run. With x0 the samples of any other
-    generator it is ES-DDPM with T' = t0 (Lyu et al. 2022, arXiv:2205.12524 sec. 3): only the steps below t0 are paid
+    generator it is ES-DDPM with T' = t0 (Lyu et al. 2022, arXiv:2205.12524): only the steps below t0 are paid
     for, and what the generator gets wrong at scales below the noise there is drawn afresh. A generator of x at t0
     itself, as TDPM trains one (Zheng et al. 2022, arXiv:2202.09671), needs no noise: `solve` from `tail(grid, t0)`.
 

@@ -23,7 +23,7 @@ systems = ("redi",)
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Early and later states of trajectories of one solver on one grid. Zhang et al. 2023, arXiv:2302.02285 sec. 3.
+    """Early and later states of trajectories of one solver on one grid. Zhang et al. 2023, arXiv:2302.02285.
 
     The solver runs `at` steps, the nearest stored key (Euclidean) stands for the state it has reached, and it goes on
     from that key's value at step `to`: to - at steps are skipped. The error is at most what the flow makes of the

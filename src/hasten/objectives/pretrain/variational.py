@@ -20,12 +20,12 @@ systems: tuple[str, ...] = ("vdm",)
 @dataclass(frozen=True, slots=True)
 class Variational:
     """The bound on -log p(x0) of a variance preserving model in continuous time, in nats: Kingma et al. 2021,
-    arXiv:2107.00630 sec. 4, with gamma = gamma_0 + (gamma_1 - gamma_0) shape(t), alpha^2 = sigmoid(-gamma).
+    arXiv:2107.00630 sec. 5, with gamma = gamma_0 + (gamma_1 - gamma_0) shape(t), alpha^2 = sigmoid(-gamma).
 
     Its three parts are the divergence of x_1 from pure noise; that of x0 from x_0, with the decoder N(x_0 / alpha_0,
     (sigma_0 / alpha_0)^2), as is right for continuous data; and E gamma' |eps - eps_hat|^2 / 2 over even times. The
     last does not depend on the shape between the ends, which only moves its variance: so the ends learn with the
-    network by the bound, and the shape by its square (sec. 5.1 there and its appendix).
+    network by the bound, and the shape by its square (sec. 5.3 there and its appendix).
 
     Attributes:
         gamma_0, gamma_1: ends, where nets has no "ends" (`hasten.paths.learned.Ends`) that learns them.
