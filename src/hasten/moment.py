@@ -29,6 +29,7 @@ class Moment:
         node, target: where the state lies (its `end` is the next evaluation's) and what the network says of it; None
             where the scheduler cannot be read.
         sign: -1 where the pipeline negates what its network says.
+        ahead: what the scheduler's `timesteps` say for this evaluation and those after it; empty where nobody said.
     """
 
     step: int = 0
@@ -40,6 +41,7 @@ class Moment:
     node: Node | None = None
     target: Target | None = None
     sign: float = 1.0
+    ahead: tuple[float, ...] = ()
 
 
 _NOW: ContextVar[Moment] = ContextVar("hasten_moment")

@@ -81,7 +81,8 @@ class Clock:
         t = node.t if node is not None else self._times[place] / 1000 if self._times else 0.0
         steps, scale = max(1, len(self._times) - self._offset), self.scales[min(which, len(self.scales) - 1)]
         target = self.process.target if self.process is not None else None
-        return Moment(self._step, steps, t, self._run, self._which(args, kwargs), scale, node, target, self.sign)
+        ahead, branch = tuple(self._times[place:]), self._which(args, kwargs)
+        return Moment(self._step, steps, t, self._run, branch, scale, node, target, self.sign, ahead)
 
     def _which(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Branch:
         if self.rows is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hasten.denoiser import Prediction, Target
 from hasten.grid import Node
-from hasten.guidance.halves import instead, said, split
+from hasten.halves import instead, said, split
 from hasten.method import Refused
 from hasten.moment import Moment, now
 from hasten.patch import Patch

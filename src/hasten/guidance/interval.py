@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from hasten import moment
-from hasten.guidance.halves import batch, doubled, half
+from hasten.halves import batch, doubled, half
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch

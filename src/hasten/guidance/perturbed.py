@@ -15,8 +15,8 @@ from hasten import moment
 from hasten.anatomy import ATTENTION, Block, anatomy
 from hasten.denoiser import Denoiser
 from hasten.guidance.cfg import cfg
-from hasten.guidance.halves import batch, half, instead, said, split
 from hasten.guidance.identity import Identity
+from hasten.halves import batch, half, instead, said, split
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch

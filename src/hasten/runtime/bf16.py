@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +13,9 @@ from hasten.method import Method, Part, Stage
 from hasten.patch import Patch
 
 WIDE = (torch.float32, torch.float16)
+ADDED = ("pe", "temp_pos_embed")
+
+_WITHIN: ContextVar[bool] = ContextVar("hasten_bf16", default=False)
 
 
 class BF16(Method):
@@ -32,18 +37,38 @@ class BF16(Method):
                 p for n, p in model.named_parameters() if p.dtype in WIDE and not any(k in n.split(".") for k in kept)
             ]
             before = wide[0].dtype if wide else torch.float32
-            patch.park(wide, torch.bfloat16)
+            patch.park([*wide, *_added(model)], torch.bfloat16)
+            for part in model.modules():
+                if "hidden_dtype" in inspect.signature(type(part).forward).parameters:
+                    patch.wrap(part, _told)
             patch.wrap(model, _at_border)
             if wide and isinstance(getattr(type(model), "dtype", None), property):
-                # pipelines make latents and embeddings in the network's dtype: those stay as precise as they were
-                patch.extend(model, {"dtype": property(lambda _: before)})
+                # pipelines make latents and embeddings in the network's dtype: those stay as precise as they were;
+                # within its forward the network asks for its own
+                told = property(lambda _: torch.bfloat16 if _WITHIN.get() else before)
+                patch.extend(model, {"dtype": told})
             return patch.keep()
 
 
 def _at_border(forward: Any, *args: Any, **kwargs: Any) -> Any:
     given = next((a.dtype for a in (*args, *kwargs.values()) if _floating(a) and a.ndim > 1), torch.float32)
-    out = forward(*(narrow(a) for a in args), **{k: v if k.endswith("_ids") else narrow(v) for k, v in kwargs.items()})
+    narrowed = {k: v if k.endswith("_ids") else narrow(v) for k, v in kwargs.items()}
+    token = _WITHIN.set(True)
+    try:
+        out = forward(*(narrow(a) for a in args), **narrowed)
+    finally:
+        _WITHIN.reset(token)
     return _cast(out, given)
+
+
+def _told(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """An embedding that is told its dtype, by some networks that of the time."""
+    return forward(*args, **{k: torch.bfloat16 if k == "hidden_dtype" else v for k, v in kwargs.items()})
+
+
+def _added(model: nn.Module) -> list[torch.Tensor]:
+    """Buffers that are added to what passes, which would make it wide again."""
+    return [b for n, b in model.named_buffers() if n.rpartition(".")[2] in ADDED and b.dtype in WIDE]
 
 
 def narrow(value: Any) -> Any:
