@@ -42,6 +42,23 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1
         yield pictures
 
 
+def latents(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **call: Any) -> Tensor:
+    """What the pipeline ends with before it is decoded, [N, ...] float32 on the CPU; row i is of prompts[i] from
+    seeds[i]. Raises NotFinite where it holds NaN or infinity."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    made = []
+    for i in range(0, len(prompts), batch):
+        rngs = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        words = list(prompts[i : i + batch])
+        what = {"prompt": words} if "prompt" in known and "prompt_embeds" not in call else {}
+        out = pipe(generator=rngs, output_type="latent", **what, **call)
+        kind = next(k for k in ("frames", "images", "audios") if hasattr(out, k))
+        made.append(getattr(out, kind).float().cpu())
+        if not bool(made[-1].isfinite().all()):
+            raise NotFinite("the latents hold NaN or infinity")
+    return torch.cat(made)
+
+
 def twin(pipe: Any) -> Any:
     """A pipeline with networks and scheduler of its own and the other parts shared: one to change, one to compare
     with."""

@@ -1,0 +1,140 @@
+"""Plans of when to recompute: what was measured is what happens, and the budget holds."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hasten
+from families import FAMILIES, Family
+from hasten import Recipe, moment
+from hasten.bridge.drawing import latents
+from hasten.bridge.pipelines import networks
+from hasten.cache.planned import Planned
+from hasten.denoiser import Prediction
+from hasten.fit.reuse import CannotPlan, Probe, plan
+from hasten.halves import said
+from hasten.moment import Moment
+from pipelines import PIPELINES
+from test_contract import fingerprint
+
+NAMED = {f.name: f for f in PIPELINES}
+NONE = Recipe.from_dict({})
+
+
+def wanted(family: Family, steps: int = 6) -> dict[str, Any]:
+    return {k: v for k, v in family.inputs().items() if k != "generator"} | {"num_inference_steps": steps}
+
+
+def probed(family: Family, pipe: Any, **settings: int) -> Probe:
+    probe = Probe(**settings)
+    with hasten.accelerate(pipe, NONE.model_copy(update={"methods": (probe,)})):
+        family.call(pipe)
+    return probe
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "sd"])
+def test_a_cost_is_the_move_of_a_step_on_what_an_older_one_kept(name: str) -> None:
+    """Recomputed from recorded inputs with the method itself, guidance and first-order step by hand: of branches in one
+    batch, and in two calls."""
+    family = NAMED[name]
+    pipe = family.build()
+    probe = probed(family, pipe)
+    table = probe.table([1.0] * probe.steps)
+    assert table.shape == (7, 7)
+    for i, j in ((2, 4), (0, 3)):
+        want = sum(cost(family, i, k) for k in range(i + 1, j))
+        assert float(table[i, j]) == pytest.approx(want, rel=1e-3)
+
+
+def cost(family: Family, i: int, k: int) -> float:
+    pipe = family.build()
+    (net,) = networks(pipe).values()
+    seen: list[tuple[Moment, tuple[Any, ...], dict[str, Any], Tensor]] = []
+    inner = net.forward
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        seen.append((moment.now(), args, kwargs, said(out).clone()))
+        return out
+
+    net.forward = note
+    with hasten.accelerate(pipe, NONE):
+        family.call(pipe)
+    del net.forward
+    off: dict[str, Tensor] = {}
+    with Planned(compute=tuple(range(i + 1)), steps=6).apply(net), torch.no_grad():
+        for here, args, kwargs, out in seen:
+            if here.step in (i, k):
+                with moment.at(here):
+                    off[here.branch] = said(net(*args, **kwargs)) - out
+    here = next(h for h, *_ in seen if h.step == k)
+    u, c = off["both"].chunk(2) if "both" in off else (off["uncond"], off["cond"])
+    assert here.scale is not None
+    error = u + here.scale * (c - u)
+    assert here.node is not None
+    assert here.target is not None
+    assert here.node.end is not None
+    p = Prediction.of(here.target, error, torch.zeros_like(error), here.node)
+    return float((here.node.end.alpha * p.x0 + here.node.end.sigma * p.eps).flatten(1).norm(dim=1).sum())
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd"])
+def test_a_plan_keeps_its_budget_and_more_budget_spares_more(name: str) -> None:
+    """The distance that it tells is the one that its recipe has, and the pipeline is left as it was."""
+    family = NAMED[name]
+    pipe = family.build()
+    given = {k: v for k, v in wanted(family, 10).items() if k != "prompt"}
+    ends = latents(pipe, [""], [0], **given).flatten()
+    before = fingerprint(pipe)
+    computed = []
+    for budget in (0.002, 0.02, 0.2):
+        try:
+            found = plan(pipe, [""], budget, **given)
+        except CannotPlan:
+            assert budget < 0.2
+            continue
+        assert found.steps == 10
+        assert found.measured <= budget
+        assert fingerprint(pipe) == before
+        with hasten.accelerate(pipe, Recipe.from_dict(found.recipe.to_dict())):
+            got = latents(pipe, [""], [0], **given).flatten()
+        assert float((got - ends).norm() / ends.norm()) == pytest.approx(found.measured, rel=1e-4)
+        (method,) = found.recipe.methods
+        assert isinstance(method, Planned)
+        assert len(method.compute) == found.computed < 10
+        computed.append(found.computed)
+    assert computed
+    assert all(a >= b for a, b in pairwise(computed))
+
+
+def test_a_second_network_starts_with_an_evaluation_in_full() -> None:
+    """It has kept nothing when its turn comes: what the first kept is not its own, and was never measured for it."""
+    family = NAMED["wan22"]
+    probe = probed(family, family.build())
+    table = probe.table([1.0] * probe.steps)
+    turns = [k for k in range(1, 6) if not bool(table[k - 1, k + 1].isfinite())]
+    assert len(turns) == 1
+
+
+def test_what_cannot_be_planned_is_said_in_a_line() -> None:
+    family = NAMED["sd3"]
+    pipe = family.build()
+    with pytest.raises(CannotPlan, match="has a cache already"):
+        plan(pipe, [""], 0.1, Recipe.from_dict({"methods": ["cache.interval"]}), **wanted(family))
+    with pytest.raises(CannotPlan, match=r"no step can be spared within 0: the least that one costs is .*; allow more"):
+        plan(pipe, [""], 0, **wanted(family))
+
+
+def test_the_table_is_infinite_beyond_what_was_measured() -> None:
+    family = FAMILIES[2]
+    probe = probed(family, family.build(), farthest=2)
+    table = probe.table([1.0] * 6)
+    assert torch.isfinite(table).sum(1).tolist() == [3, 3, 3, 3, 2, 1, 0]
+    weighed = probe.table([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
+    assert float(weighed[1, 3]) == pytest.approx(5 * float(table[1, 3]))
+    assert float(weighed[2, 4]) == float(table[2, 4])
