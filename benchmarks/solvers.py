@@ -139,20 +139,8 @@ def measure(kept: Kept, denoise, x: Tensor, exact: Trajectory, distance: Callabl
         for label, solver in track(solvers(), f"{kept.subject}, {calls} calls"):
             steps = steps_of(solver, calls)
             for grid in GRIDS if steps else ():
-                if kept.subject == "emoji-flow" and spared(solver, grid, calls):
-                    continue
                 found = partial(ours, solver, grid, steps)
                 kept.add({"who": "hasten", "solver": label, "grid": grid, "calls": calls}, found)
-
-
-def spared(solver, grid: str, calls: int) -> bool:
-    """What is left out on emoji-flow, where a call is dear: grids that the mixture has shown to lose; from 8 calls on
-    all but the three that won below; stochastic solvers on all grids but one."""
-    dense = ("shifted 3", "exponential", "dm_nonuniform")
-    winners = ("uniform", "shifted 0.5", "beta")
-    return (
-        grid in dense or (calls > 6 and grid not in winners) or (solver.stochastic and (grid != "uniform" or calls > 6))
-    )
 
 
 def row_or_reason(peers: Callable, peer: str, calls: int, row: Callable) -> dict:
@@ -254,7 +242,7 @@ def emoji(judged: int = 8, train: int = 16) -> None:
         few, many = (replay(pipe, prompt=prompts[i:], generator=rngs[i:]) for i in (train, 0))
         exact, wide = (exactly(*job) for job in (("emoji-8", few, 250), ("emoji-24", many, 100)))
         want = exact.x[-1].flatten(1)
-        for calls in (5, 6, 8, 10):
+        for calls in CALLS:
             found = partial(fitted, many.denoise, many.x, wide, calls, None, judged, 8)
             kept.add({"who": "fitted", "solver": "olss", "calls": calls}, found)
         measure(kept, few.denoise, few.x, exact, lambda end: frechet_small(end.flatten(1), want), peers)
