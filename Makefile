@@ -11,11 +11,11 @@ CODE := src tests benchmarks scripts
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types systems docs bench clean
+.PHONY: help demo test lint types systems compatibility docs bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
-		printf '  make %-8s %s\n' "$$name" "$$what"; done
+		printf '  make %-13s %s\n' "$$name" "$$what"; done
 
 demo: $(READY) ## tunes the embedded pipeline and shows what it gained, into out/
 	$(BIN)/hasten tune emoji-flow --quality 0.95 --out $(OUT)/ --budget-seconds $(BUDGET)
@@ -32,6 +32,9 @@ types: $(READY) ## mypy alone
 
 systems: $(READY) ## the ledger: which rows of docs/systems.csv are proved, claimed, open
 	$(BIN)/python scripts/systems.py
+
+compatibility: $(READY) ## every method on every family, every pair of methods; keeps the table
+	$(BIN)/python scripts/compatibility.py
 
 docs: .venv/.docs ## the pages, into site/
 	$(BIN)/python scripts/docs_tables.py

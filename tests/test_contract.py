@@ -186,9 +186,9 @@ def test_step_0_never_reads_state(label: str) -> None:
     fresh = net(y)
     with bare(method, net):
         for step in range(3):
-            with moment.at(Moment(step, 3, run=1)):
+            with moment.at(Moment(step, 6, run=1)):
                 net(x)
-        with moment.at(Moment(0, 3, run=2)):
+        with moment.at(Moment(0, 6, run=2)):
             assert torch.equal(net(y), fresh)
         assert torch.equal(net(y), fresh)  # outside a driven loop every call is a first step
 
@@ -203,7 +203,7 @@ def test_branches_never_mix(label: str) -> None:
         out: dict[str, list[torch.Tensor]] = {b: [] for b in branches}
         for step in range(5):
             for b in branches:
-                with moment.at(Moment(step, 5, run=run, branch=b)):  # type: ignore[arg-type]
+                with moment.at(Moment(step, 6, run=run, branch=b)):  # type: ignore[arg-type]
                     out[b].append(net(x[b] + 0.1 * step))
         return out
 

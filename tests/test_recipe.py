@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a file that is no solver": ({"solver": "drive"}, ("unknown solver", "drive", "`hasten methods` lists all")),
     "a path for a solver": ({"solver": "../ddim"}, ("unknown solver", "../ddim")),
     "unknown grid": ({"solver": "ddim", "grid": "cosine"}, ("unknown grid", "cosine")),
-    "unknown method": ({"methods": ["cache.magic"]}, ("unknown method", "cache.magic", "cache.interval")),
+    "unknown method": ({"methods": ["cache.magic"]}, ("unknown method", "cache.magic", "`hasten methods` lists all")),
     "a room for a method": ({"methods": ["cache"]}, ("unknown method", "'cache'")),
     "a file that is no method": ({"methods": ["cache.residual"]}, ("unknown method", "cache.residual")),
     "setting too large": ({"methods": [{"cache.interval": {"every": 11}}]}, ("cache.interval", "every", "11", "10")),

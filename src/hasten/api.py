@@ -44,6 +44,8 @@ class Handle:
             return "hasten: removed"
         lines = [f"hasten: {_headline(self.recipe)}"]
         for label, patch in self.patches:
+            if label == "guard":
+                continue
             hits = ", ".join(f"{k} {n}" for k, n in sorted(patch.tally.items()))
             lines.append(f"  {label}: {len(patch.sites)} places" + (f"; {hits}" if hits else ""))
         if self.clock is not None and self.clock.calls:
@@ -54,6 +56,9 @@ class Handle:
                 f"  since then: {self.clock.trajectories} trajectories, {self.clock.calls} network calls"
                 f" of {each:.1f} ms{saved}"
             )
+            if reused and (gain := self.clock.gain()) is not None:
+                slower = "; slower than without: leave it out" if gain < 1 else ""
+                lines.append(f"  reuse: {(ran + reused) / max(1, ran):.2f}x foretold, {gain:.2f}x measured{slower}")
         return "\n".join(lines)
 
 
@@ -79,10 +84,30 @@ def accelerate(thing: Any, recipe: Recipe | str | os.PathLike[str]) -> Handle:
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if pipelines.is_pipeline(thing):
         clock, patches = pipelines.put(thing, recipe)
-        return Handle(recipe, patches, clock)
+        return Handle(recipe, [*patches, ("guard", _guard(thing, *pipelines.networks(thing).values()))], clock)
     if isinstance(thing, nn.Module):
-        return Handle(recipe, [(m.label(), patch) for m, patch in recipe.apply(thing)], None)
+        patches = [(m.label(), patch) for m, patch in recipe.apply(thing)]
+        return Handle(recipe, [*patches, ("guard", _guard(thing))], None)
     raise RecipeError(f"accelerate takes a diffusers pipeline or a torch module, not a {type(thing).__name__}")
+
+
+def _guard(*things: Any) -> Patch:
+    """Refuses what would take edits for the original: a copy would share them, a folder would hold their weights."""
+
+    def told(what: str) -> Any:
+        def no(*args: Any, **kwargs: Any) -> Any:
+            raise RecipeError(
+                f"this is accelerated, and {what}: call handle.remove() first, and put the recipe on again"
+            )
+
+        return no
+
+    with Patch() as patch:
+        for thing in things:
+            patch.set(thing, "__deepcopy__", told("a copy would share its edits"))
+            if hasattr(thing, "save_pretrained"):
+                patch.set(thing, "save_pretrained", told("what is saved would be its edited weights"))
+        return patch.keep()
 
 
 def save(pipe: Any, recipe: Recipe, folder: str | os.PathLike[str]) -> None:

@@ -9,16 +9,25 @@ from torch import Tensor
 
 from hasten.method import Refused
 
+CONTEXT = "encoder_hidden_states"
+"""Under this name some networks of videos are given a row for every frame of every sample."""
+
 
 def half(value: Any, size: int) -> Any:
-    """The second, conditional half of every tensor whose batch is `size`; all else stays."""
+    """The second, conditional half of every tensor whose batch is `size`, and of a context of so many rows a sample;
+    all else stays."""
     if isinstance(value, Tensor):
         return value[size // 2 :] if value.ndim > 0 and len(value) == size else value
     if isinstance(value, dict):
-        return {k: half(v, size) for k, v in value.items()}
+        return {k: half(v, context(v, size) if k == CONTEXT else size) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(half(v, size) for v in value)
     return value
+
+
+def context(value: Any, size: int) -> int:
+    """Rows of a context of a batch of `size`: `size`, or a multiple of it."""
+    return len(value) if isinstance(value, Tensor) and value.ndim > 1 and len(value) % size == 0 else size
 
 
 def batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

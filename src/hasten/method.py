@@ -69,6 +69,10 @@ class Method(BaseModel):
         work."""
         raise TypeError(f"{type(self).__name__} has no apply")
 
+    def is_neutral(self) -> bool:
+        """Whether it is set to change nothing."""
+        return self.neutral is not None and all(getattr(self, k) == v for k, v in self.neutral.items())
+
     @classmethod
     def label(cls) -> str:
         """Its name in a recipe: room and file, "cache.interval"."""
@@ -85,11 +89,14 @@ def conflict(methods: list[Method]) -> str | None:
 
 
 def apply_all(methods: list[Method], model: nn.Module) -> list[tuple[Method, Patch]]:
-    """Applies in order of stage; where one is refused, those before are taken back."""
+    """Applies in order of stage; where one is refused, those before are taken back. One that changes nothing, though
+    it is not set to, is refused."""
     done: list[tuple[Method, Patch]] = []
     try:
         for m in sorted(methods, key=lambda m: m.stage):
             done.append((m, m.apply(model)))
+            if not done[-1][1].sites and not m.is_neutral():
+                raise Refused(f"{m.label()} found nothing to change in {type(model).__name__}: leave it out")
     except BaseException:
         for _, patch in reversed(done):
             patch.remove()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from hasten.bridge.process import Process, planned
 from hasten.grid import Node, nodes
 from hasten.moment import Branch, Moment
 from hasten.patch import Patch
+
+LAST = 512
+"""Calls whose times are kept."""
 
 
 class Clock:
@@ -28,6 +33,8 @@ class Clock:
         guided: classifier-free guidance is on in the running call.
         scales: of that guidance, one a network, the last for the rest; None where the call has none.
         calls, seconds: network calls and the time spent in them since it was put in.
+        tallies: of the methods at work, in which "reused" counts.
+        full, short: seconds of the last calls in which nothing was reused, and in which something was.
     """
 
     def __init__(self, process: Process | None, negated: bool = False) -> None:
@@ -36,6 +43,9 @@ class Clock:
         self.rows: int | None = None
         self.scales: tuple[float | None, ...] = (None,)
         self.calls, self.seconds, self.trajectories = 0, 0.0, 0
+        self.tallies: list[Counter[str]] = []
+        self.full: deque[float] = deque(maxlen=LAST)
+        self.short: deque[float] = deque(maxlen=LAST)
         self._times: list[float] = []
         self._nodes: list[Node] = []
         self._run = self._step = self._branch = 0
@@ -65,13 +75,26 @@ class Clock:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             here = self._moment(scheduler, which, args, kwargs)
             self._branch += 1
-            began = time.perf_counter()
+            before, began = self._reused(), time.perf_counter()
             with moment.at(here):
                 out = forward(*args, **kwargs)
-            self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
+            spent = time.perf_counter() - began
+            self.calls, self.seconds = self.calls + 1, self.seconds + spent
+            (self.full if self._reused() == before else self.short).append(spent)
             return out
 
         return around
+
+    def _reused(self) -> int:
+        return sum(tally["reused"] for tally in self.tallies)
+
+    def gain(self) -> float | None:
+        """How many times faster the last calls were than if each had taken as long as one without reuse, by medians;
+        None before there was any of either kind. On an accelerator, whose work is not waited for, it means nothing."""
+        if not self.short or not self.full:
+            return None
+        full, short = median(self.full), median(self.short)
+        return full * (len(self.full) + len(self.short)) / (full * len(self.full) + short * len(self.short))
 
     def _moment(self, scheduler: Any, which: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
         if self._offset is None:

@@ -60,6 +60,7 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
         except ValueError:
             known = None
         clock = Clock(known, type(pipe).__name__.startswith(NEGATES))
+        clock.tallies = [patch.tally for _, patch in done]
         done.append(("clock", clock.install(pipe.scheduler, list(nets.values()))))
         done.append(("defaults", _defaults(pipe, recipe, clock)))
     except BaseException:

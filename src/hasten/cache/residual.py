@@ -1,4 +1,4 @@
-"""What every residual cache shares: a chain of blocks that runs, or gives its last residual again."""
+"""What every residual cache shares: a chain of blocks that runs, or adds a residual made of those it gave last."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hasten.moment import Moment, now
 from hasten.patch import Patch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """One branch's residual of one chain, and when it was taken."""
+    """One branch's residual of one chain, and when it was taken: of the image tokens, and of the context, where the
+    chain changes it, else None."""
 
     moment: Moment
     x: Any
@@ -24,23 +25,48 @@ class Kept:
         """Taken earlier in this very trajectory, on the same branch."""
         return self.moment.run == here.run and self.moment.branch == here.branch and self.moment.step < here.step
 
+    def alike(self, other: Kept) -> bool:
+        """Of the same form: what is made of both has a meaning."""
+        return self.x.shape == other.x.shape and self.x.dtype == other.x.dtype
+
 
 @dataclass
 class _State:
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[str, tuple[Kept, ...]] = field(default_factory=dict)
     start: Streams | None = None
     skipping: bool = False
 
 
 Decide = Callable[[Moment], bool]
-"""Whether the chain may give its residual again at this moment."""
+"""Whether the chain may be spared at this moment."""
+
+Predict = Callable[[tuple[Kept, ...], Moment], Kept]
+"""Residuals of this trajectory and branch, the newest first, and where it is now -> the residual that is added."""
+
+Taken = Callable[[Kept, Kept | None], None]
+"""Told of each residual that was computed, and of the one before it on its branch, of whatever trajectory."""
 
 
-def reuse(patch: Patch, chain: tuple[Block, ...], decide: Decide) -> None:
-    """Makes `chain` run, or, where `decide` says so and there is something kept, add what it added last time.
+def latest(history: tuple[Kept, ...], here: Moment) -> Kept:
+    """The last residual as it is."""
+    return history[0]
+
+
+def reuse(
+    patch: Patch,
+    chain: tuple[Block, ...],
+    decide: Decide,
+    predict: Predict = latest,
+    memory: int = 1,
+    taken: Taken | None = None,
+) -> None:
+    """Makes `chain` run, or, where `decide` says so and there is something kept, add what `predict` makes of it.
 
     A residual is last output minus first input, of the image tokens and, where the chain changes them, of the
     context. It is read only in the trajectory and on the branch it was taken on, so step 0 reads nothing.
+
+    Args:
+        memory: residuals kept a branch, for `predict`.
     """
     state = _State()
     first, last = chain[0], chain[-1]
@@ -49,17 +75,24 @@ def reuse(patch: Patch, chain: tuple[Block, ...], decide: Decide) -> None:
         streams = block.inputs(args, kwargs)
         here = now()
         if block is first:
-            kept = state.kept.get(here.branch)
+            history = state.kept.get(here.branch, ())
+            kept = history[0] if history else None
             state.skipping = kept is not None and kept.usable(here) and kept.x.shape == streams.x.shape and decide(here)
             patch.tally["reused" if state.skipping else "ran"] += len(chain)
             if state.skipping:
-                return first.give(_add(streams, kept), kept.two)  # type: ignore[arg-type, union-attr]
+                added = predict(history, here)
+                return first.give(_add(streams, added), added.two)
             state.start = streams
         elif state.skipping:
-            return block.give(streams, state.kept[here.branch].two)
+            return block.give(streams, state.kept[here.branch][0].two)
         out = forward(*args, **kwargs)
         if block is last:
-            state.kept[here.branch] = _taken(here, block, state.start, out)  # type: ignore[arg-type]
+            fresh = _taken(here, block, state.start, out)  # type: ignore[arg-type]
+            before = state.kept.get(here.branch, ())
+            if taken is not None:
+                taken(fresh, before[0] if before else None)
+            older = tuple(k for k in before if k.usable(here) and k.alike(fresh))
+            state.kept[here.branch] = (fresh, *older)[:memory]
             state.start = None
         return out
 

@@ -12,8 +12,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from hasten import moment
-from hasten.api import accelerate
 from hasten.bridge.drawing import latents
+from hasten.bridge.pipelines import put
 from hasten.cache.planned import Planned, reused
 from hasten.denoiser import Prediction
 from hasten.fit.shortest import shortest
@@ -164,8 +164,12 @@ def plan(
         raise CannotPlan(f"the recipe has a cache already: {why.split(' and ')[0]}; leave it out")
 
     def ends(*more: Method) -> Tensor:
-        with accelerate(pipe, base.model_copy(update={"methods": (*base.methods, *more)})):
+        _, patches = put(pipe, base.model_copy(update={"methods": (*base.methods, *more)}))
+        try:
             made = latents(pipe, prompts, seeds, batch, **call)
+        finally:
+            for _, patch in reversed(patches):
+                patch.close()
         tick(1)
         return made.flatten(1).double()
 

@@ -1,0 +1,128 @@
+"""Fewer queries, or keys and values, in an attention that runs: after positions have turned them, where softmax is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.overrides import TorchFunctionMode
+
+from hasten.method import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A shorter sequence in the place of one of N tokens.
+
+    Attributes:
+        down: [B, H, N, C] -> [B, H, M, C].
+        up: back again.
+        stay: [B or 1, H or 1, M], which of the N each of the M is: what a mask says of it.
+    """
+
+    down: Callable[[Tensor], Tensor]
+    up: Callable[[Tensor], Tensor]
+    stay: Tensor
+
+
+Plan = Callable[[Tensor, Tensor, Tensor, int], tuple[Side | None, Side | None]]
+"""(q, k, v of the picture's places [B, H, N, C], which attention of the call) -> what becomes of queries, and of keys
+with values; None leaves them."""
+
+
+class Within(TorchFunctionMode):
+    """Within it, and while `on`, attention among `tokens` places runs on the sequences that `plan` makes of them; words
+    that attend together with them stay. Attention to words alone stays as it is.
+
+    Attributes:
+        met: attentions that were seen so, in the last `on`.
+
+    Raises, within:
+        Refused: words and picture are of one length, so that nothing tells which is which, or heads share keys.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.met = tokens, 0
+        self._plan: Plan | None = None
+        self._joined: dict[int, int] = {}  # length of words and picture together -> where the picture begins
+        self._alike = False
+
+    @contextmanager
+    def on(self, plan: Plan) -> Iterator[None]:
+        """While this lasts, attention follows the plan. Raises Refused at its end where it met none."""
+        self._plan, self.met = plan, 0
+        try:
+            yield
+        finally:
+            self._plan = None
+        if not self.met:
+            raise Refused(
+                f"no softmax attention among {self.tokens} tokens was seen to run (another backend, or a compiled "
+                "block): leave the method out, or the other one"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cat:
+            self._note(*args, **kwargs)
+        if func is attend and self._plan is not None:
+            return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, tensors: Any, dim: int = 0, **_: Any) -> None:
+        """Joint attention puts the two sequences together: in which order is the network's own affair."""
+        if len(tensors) == 2:
+            first, second = (t.shape[dim] for t in tensors)
+            if self.tokens in (first, second):
+                self._joined[first + second] = 0 if first == self.tokens else first
+                self._alike = first == second
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        length = query.shape[-2]
+        start = 0 if length == self.tokens else self._joined.get(length)
+        if key.shape[-2] != length or start is None or self._plan is None:  # words, or a window
+            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        if length > self.tokens and self._alike:
+            raise Refused(
+                f"{self.tokens} places and as many words: which come first cannot be told; change one of them"
+            )
+        if query.shape[:-2] != key.shape[:-2] or is_causal:
+            raise Refused("attention whose heads share keys, or that is causal, is not served: leave the method out")
+        which, self.met = self.met, self.met + 1
+        here = slice(start, start + self.tokens)
+        queries, keys = self._plan(query[..., here, :], key[..., here, :], value[..., here, :], which)
+
+        def short(x: Tensor, side: Side | None) -> Tensor:
+            return x if side is None else _instead(x, side.down(x[..., here, :]), here)
+
+        mask = _thin(attn_mask, -1, keys, here, query.shape)
+        mask = _thin(mask, -2, queries, here, query.shape)
+        y = attend(short(query, queries), short(key, keys), short(value, keys), mask, dropout_p, **more)
+        if queries is None:
+            return y
+        cut = slice(start, start + queries.stay.shape[-1])
+        return _instead(y, queries.up(y[..., cut, :]), cut)
+
+
+def _instead(x: Tensor, part: Tensor, where: slice) -> Tensor:
+    return torch.cat([x[..., : where.start, :], part, x[..., where.stop :, :]], -2)
+
+
+def _thin(mask: Tensor | None, dim: int, side: Side | None, here: slice, like: torch.Size) -> Tensor | None:
+    """The mask [.., .., L or 1, S] of the shorter sequence."""
+    if mask is None or side is None or mask.shape[dim] == 1:
+        return mask
+    batch, heads, _, _ = like
+    per_head = mask.expand(batch, heads, *mask.shape[-2:]).transpose(dim, -1)
+    stay = side.stay.expand(batch, heads, -1)[:, :, None].expand(-1, -1, per_head.shape[-2], -1)
+    parts = [per_head[..., : here.start], per_head[..., here].gather(-1, stay), per_head[..., here.stop :]]
+    return torch.cat(parts, -1).transpose(dim, -1)
