@@ -139,6 +139,20 @@ def test_a_new_size_or_batch_in_the_middle_of_a_trajectory_runs_in_full() -> Non
                 assert torch.equal(net(x, 500.0, text).sample, fresh)
 
 
+def test_what_was_written_into_is_not_reused() -> None:
+    """FreeU scales the features that an up block is given in place, which are those that were kept."""
+    pipe = SD.build()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    with (
+        hasten.accelerate(pipe, Recipe.from_dict({"methods": [{"cache.deep": {"every": 3, "branch": 2}}]})),
+        pytest.raises(Refused, match=r"was written into afterwards, as FreeU does.*disable_freeu"),
+    ):
+        SD.call(pipe)
+    pipe.disable_freeu()
+    with hasten.accelerate(pipe, Recipe.from_dict({"methods": [{"cache.deep": {"every": 3, "branch": 2}}]})):
+        SD.call(pipe)
+
+
 def test_after_an_exception_the_next_picture_starts_clean() -> None:
     pipe = SD.build()
     with hasten.accelerate(pipe, Recipe.from_dict({"methods": [{"cache.deep": {"every": 3}}]})):

@@ -71,7 +71,7 @@ class Feature(Method):
             if key is None or not key.usable(here, x) or not self._between(here):
                 keys.pop(here.branch, None)  # where the forward raises, nothing stale is left
                 out = forward(*args, **kwargs)
-                keys[here.branch] = Held(here, None if x is None else x.shape, None if x is None else x.dtype, out)
+                keys[here.branch] = Held.of(here, x, out)
                 return out
             w = weight(here.step / here.steps, self.mix, self.temperature)
             if w == 0:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.method import Refused
 from hasten.moment import Moment, now
 from hasten.patch import Patch
 
@@ -24,6 +25,12 @@ class Held:
     shape: torch.Size | None
     dtype: torch.dtype | None
     out: Any
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, here: Moment, x: Tensor | None, out: Any) -> Held:
+        """`out`, which a module returned for `x`."""
+        return cls(here, _shape(x), None if x is None else x.dtype, out, _versions(out))
 
     def usable(self, here: Moment, x: Tensor | None) -> bool:
         """Taken earlier in this very trajectory, on the same branch, for an input of the same form."""
@@ -40,6 +47,9 @@ def hold(patch: Patch, module: nn.Module, decide: Decide, weight: int = 1) -> No
 
     Args:
         weight: what it counts for in the handle's tally of what ran and what was reused.
+
+    Raises, at the call:
+        Refused: the network writes into what it was given, so that what was kept is no longer what was computed.
     """
     kept: dict[str, Held] = {}
 
@@ -47,12 +57,17 @@ def hold(patch: Patch, module: nn.Module, decide: Decide, weight: int = 1) -> No
         here, x = now(), first_tensor(args, kwargs)
         held = kept.get(here.branch)
         if held is not None and held.usable(here, x) and decide(here):
+            if held.versions != _versions(held.out):
+                raise Refused(
+                    f"what a {type(module).__name__} returned was written into afterwards, as FreeU does, so it can't "
+                    "be reused: call pipe.disable_freeu(), or leave the cache out"
+                )
             patch.tally["reused"] += weight
             return held.out
         patch.tally["ran"] += weight
         kept.pop(here.branch, None)  # where the forward raises, nothing stale is left
         out = forward(*args, **kwargs)
-        kept[here.branch] = Held(here, _shape(x), None if x is None else x.dtype, out)
+        kept[here.branch] = Held.of(here, x, out)
         return out
 
     patch.wrap(module, around)
@@ -61,6 +76,14 @@ def hold(patch: Patch, module: nn.Module, decide: Decide, weight: int = 1) -> No
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor that a module is called with: its image states, in every family."""
     return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def _versions(out: Any) -> tuple[int, ...]:
+    """How often each tensor of an output was written to; of inference mode's nothing is known."""
+    if isinstance(out, Tensor):
+        return () if out.is_inference() else (out._version,)
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, list | tuple) else ()
+    return tuple(v for part in parts for v in _versions(part))
 
 
 def _shape(x: Tensor | None) -> torch.Size | None:
