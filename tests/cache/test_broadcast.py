@@ -17,6 +17,7 @@ from hasten import moment
 from hasten.anatomy import anatomy
 from hasten.bridge.pipelines import networks
 from hasten.cache.broadcast import Broadcast
+from hasten.method import Refused
 from hasten.moment import Moment
 
 TWICE = {"flux", "wan", "wan22", "lumina2", "qwen", "hunyuan_video"}
@@ -72,8 +73,9 @@ def test_a_reused_step_is_the_slow_reference_bit_for_bit(name: str) -> None:
     assert not torch.equal(got, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["latte", "sd3"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("latte", "self"), ("latte", "temporal"), ("latte", "cross"), ("sd3", "joint")]
+)
 def test_each_kind_has_its_own_interval_within_the_range(name: str, kind: str) -> None:
     """Counted where the queries are made: outside of low < t < high everything runs, and the other kinds always do."""
     pipe, _ = built(name)
@@ -87,6 +89,17 @@ def test_each_kind_has_its_own_interval_within_the_range(name: str, kind: str) -
             ran = [s for s, t in times.items() if not (site.kind == kind and 0.3 < t < 0.99 and s % 3)]
             assert [m.step for m, _ in calls] == ran
             assert (len(ran) < 6) == (site.kind == kind)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("latte", "joint"), ("sd3", "self")])
+def test_an_interval_for_a_kind_that_is_not_there_is_refused(name: str, kind: str) -> None:
+    pipe, _ = built(name)
+    ones = dict.fromkeys(KINDS.values(), 1)
+    with (
+        pytest.raises(Refused, match=r"cache\.broadcast found nothing to change"),
+        on(pipe, "cache.broadcast", **ones | {KINDS[kind]: 3}),
+    ):
+        pass
 
 
 def test_a_range_the_wrong_way_round_is_an_error() -> None:

@@ -95,6 +95,23 @@ def test_each_step_is_the_papers(branch: int) -> None:
                 assert (got - want).abs().max() < 1e-5 * want.abs().max(), (run, step)
 
 
+@pytest.mark.parametrize("branch", [0, 1, 3, 5])
+def test_the_peers_own_package_gives_the_same_picture(branch: int) -> None:
+    """DeepCache 0.1.1, where it is installed: equal interval and branch, a U-Net of two layers a stage."""
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper
+    pipe = SD.build()
+    pipe.unet = deeper()
+    with hasten.accelerate(pipe, Recipe.from_dict({"methods": [{"cache.deep": {"every": 3, "branch": branch}}]})):
+        ours = SD.call(pipe)
+    peer = helper(pipe=pipe)
+    peer.set_params(cache_interval=3, cache_branch_id=branch)
+    peer.enable()
+    theirs = SD.call(pipe)
+    peer.disable()
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert not torch.equal(SD.call(pipe), ours)
+
+
 @pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in UNETS])
 def test_what_is_inside_does_not_run_between_key_steps(family: Any) -> None:
     """Counted by hooks on the convolutions themselves; the branch nearest the outside runs one layer of the way up."""
