@@ -53,7 +53,9 @@ class Method(BaseModel):
         writes: what it rewrites.
         systems: ids of the catalogue that it implements.
         neutral: settings at which it changes nothing, bit for bit; None where it has none.
-        saves: it saves work, so the tuner may try it; else it changes what is drawn, which is the user's choice.
+        saves: it saves work, so the tuner may try it; else it changes what is drawn, which is the user's choice, or
+            needs what a fit finds.
+        sure: worth having wherever it works: the tuner begins with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -63,6 +65,7 @@ class Method(BaseModel):
     systems: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[dict[str, Any] | None] = None
     saves: ClassVar[bool] = True
+    sure: ClassVar[bool] = False
 
     def apply(self, model: nn.Module) -> Patch:
         """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't

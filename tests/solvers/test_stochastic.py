@@ -215,9 +215,11 @@ def test_the_noise_of_a_step_is_its_exact_ito_integral(solver: Solver, path: Pat
     ids=told,
 )
 def test_without_noise_it_is_the_solver_of_the_flow(noisy: Solver, plain: Solver) -> None:
-    """From noise to clean on uneven steps; and the noise is never asked for."""
+    """From noise to clean on uneven steps; and the noise is never asked for. (Pure noise itself is read again by UniPC
+    alone.)"""
     law, x = Mixture(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    for path, times in itertools.product(PATHS, ([1.0, 0.9, 0.6, 0.55, 0.2, 0.1, 0.0], [0.9, 0.7, 0.3, 0.25, 0.1])):
+    first = 0.97 if plain.name == "unipc" else 1.0
+    for path, times in itertools.product(PATHS, ([first, 0.9, 0.6, 0.55, 0.2, 0.1, 0.0], [0.9, 0.7, 0.3, 0.25, 0.1])):
         silent, grid = Recorded(), at(path, times)
         got = solve(noisy, law.denoise, x, grid, silent)
         assert (got - solve(plain, law.denoise, x, grid)).abs().max() < 1e-12

@@ -20,7 +20,7 @@ from hasten.method import conflict
 from hasten.recipe import Recipe
 from hasten.tune import outputs, search, tune
 from hasten.tune.search import Found
-from hasten.tune.space import suggest
+from hasten.tune.space import rooms, starts, suggest
 from hasten.tune.subject import Task, untouched
 
 PROMPTS = [f"prompt number {i} of a thing" for i in range(36)]
@@ -92,6 +92,28 @@ def test_every_suggestion_is_a_recipe_without_conflict_and_all_methods_that_save
         assert recipe.steps * recipe.solving().calls <= 28
         seen |= {m.label() for m in recipe.methods}
     assert seen == {label for label, kind in tree.methods().items() if kind.saves}
+
+
+def test_the_search_begins_with_what_is_sure_and_with_no_other_method() -> None:
+    """Starting points set every choice: what they leave open would be drawn at random."""
+    labels = list(tree.methods())
+    for start in starts(labels, 28):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+        study.enqueue_trial(start)
+        trial = study.ask()
+        recipe = suggest(trial, labels, 28, guided=True)
+        named = {m.label() for m in recipe.methods}
+        assert named - {"guidance.interval"} == {"runtime.bf16", "runtime.compile", "tokens.fold"}
+        open_ones = trial.params.keys() - start.keys()
+        assert not {n for n in open_ones if n in labels or n in ("cache", "tokens", "solver", "grid")}
+
+
+def test_of_a_room_of_methods_that_exclude_each_other_one_is_chosen() -> None:
+    found = rooms(list(tree.methods()))
+    assert {"cache.deep", "cache.interval"} <= set(found["cache"])
+    assert "cache.planned" not in found["cache"]  # without a fit it does nothing
+    assert "runtime.bf16" in found[None]
+    assert not set(found["cache"]) & set(found[None])
 
 
 @pytest.mark.usefixtures("few_methods")

@@ -26,6 +26,7 @@ class Planned(Method):
 
     stage: ClassVar = Stage.CACHE
     writes: ClassVar = frozenset({Part.SCHEDULE})
+    saves: ClassVar = False
     neutral: ClassVar[dict[str, Any]] = {"compute": (), "steps": 0}
 
     compute: Annotated[tuple[int, ...], Field(strict=False, description="evaluations that run, rising from 0")] = ()

@@ -29,6 +29,7 @@ class BF16(Method):
 
     stage: ClassVar = Stage.ADAPT
     writes: ClassVar = frozenset({Part.PRECISION})
+    sure: ClassVar = True
 
     def apply(self, model: nn.Module) -> Patch:
         with Patch() as patch:

@@ -22,6 +22,7 @@ class Compile(Method):
 
     stage: ClassVar = Stage.COMPILE
     writes: ClassVar = frozenset({Part.GRAPH})
+    sure: ClassVar = True
 
     def apply(self, model: nn.Module) -> Patch:
         _compiler_or_refuse(next(model.parameters()).device.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import expm1, log
+from math import expm1, isinf, log
 
 from hasten.grid import Grid, Node
 
@@ -39,10 +39,20 @@ def weights(now: Node, after: Node, through: Sequence[Node]) -> list[float]:
     Adams-Moulton with `after` among them.
 
     They solve sum_k w_k r_k^n = alpha' m_n, with r_k = (lam_k - lam) / h, by Bjorck & Pereyra 1970, Math. Comp. 24.
+
+    With pure noise among the nodes, where lam is infinite, the polynomial is in kappa = alpha / sigma: of the same
+    equation, d(x / sigma) = x0 d kappa.
     """
-    h = after.lam - now.lam
-    found, count = moments(h, len(through) - 1), len(through)
-    r = [(n.lam - now.lam) / h for n in through]
+    count = len(through)
+    if any(isinf(n.lam) for n in through):
+        start = now.alpha / now.sigma
+        h = after.alpha / after.sigma - start
+        found, scale = [1 / (n + 1) for n in range(count)], after.sigma * h
+        r = [(n.alpha / n.sigma - start) / h for n in through]
+    else:
+        h = after.lam - now.lam
+        found, scale = moments(h, count - 1), after.alpha
+        r = [(n.lam - now.lam) / h for n in through]
     for k in range(count - 1):
         for i in range(count - 1, k, -1):
             found[i] -= r[k] * found[i - 1]
@@ -51,7 +61,7 @@ def weights(now: Node, after: Node, through: Sequence[Node]) -> list[float]:
             found[i] /= r[i] - r[i - k - 1]
         for i in range(k, count - 1):
             found[i] -= found[i + 1]
-    return [after.alpha * w for w in found]
+    return [scale * w for w in found]
 
 
 def inside(grid: Grid, share: float) -> list[Node | None]:

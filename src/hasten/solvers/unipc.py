@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from math import expm1, isinf
+from math import expm1, isfinite, isinf
 from typing import Annotated, Literal
 
 import torch
@@ -28,7 +28,7 @@ def unipc(
 
     UniP predicts from the last `order` x0; once the network has been asked at the predicted state, UniC corrects it by
     the same ones and the new one, which is one order more. Fewer are used while there are fewer, and before a clean
-    end; from pure noise, where h is infinite, the step is DDIM's and is not corrected.
+    end. Pure noise, where lam is infinite, is used beside one other, by a straight line in alpha / sigma.
 
     The order, `order` + 1 with the corrector, needs small first steps, as of any multistep method that starts itself:
     the first step is of order two (of one, without the corrector), so on an even grid the error falls no faster than
@@ -55,21 +55,20 @@ def unipc(
             *better, new = _weights(last[0], now, [*last, now], variant)
             carried = [gain * new, *(gain * (w - u) for w, u in zip(better, used, strict=True))]
         seen = [(now, x0), *seen]
-        used = _weights(now, after, [n for n, _ in seen[: min(order, left) if ends_clean else order]], variant)
+        back = [n for n, _ in seen[: min(order, left) if ends_clean else order]]
+        used = _weights(now, after, back if len(back) <= 2 else [n for n in back if isfinite(n.lam)], variant)
         x = torch.mul(p.x, gain)
         shares = [w + c for w, c in zip_longest(used, carried, fillvalue=0.0)]
         for share, (_, x0_then) in zip(shares, seen, strict=False):
             x.add_(x0_then, alpha=share)
         seen = seen[:order]
-        if isinf(now.lam):
-            seen, used = [], []
     return x
 
 
 def _weights(now: Node, after: Node, through: list[Node], variant: str) -> list[float]:
     """Shares of x0 at `through`, the first of which is `now`, in x' = (sigma' / sigma) x + sum_k w_k x0_k: eq. 5; for
     two nodes with a_1 = 1/2, the simplification after it."""
-    if len(through) != 2:
+    if len(through) != 2 or any(isinf(n.lam) for n in through):
         return weights(now, after, through)
     h = after.lam - now.lam
     rise = -expm1(-h)

@@ -28,6 +28,7 @@ class Fold(Method):
 
     stage: ClassVar = Stage.TOKENS
     writes: ClassVar = frozenset({Part.TOKENS, Part.ATTENTION})
+    sure: ClassVar = True
 
     def apply(self, model: nn.Module) -> Patch:
         blocks = [b.module for b in anatomy(model).blocks]

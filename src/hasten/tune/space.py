@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, Literal, Protocol, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -11,6 +12,9 @@ from torch import nn
 from hasten import tree
 from hasten.method import Method, conflict
 from hasten.recipe import Recipe
+
+NONE = "none"
+"""Of a room, no method."""
 
 
 class Trial(Protocol):
@@ -22,8 +26,8 @@ class Trial(Protocol):
 
 
 def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) -> Recipe:
-    """One recipe. A method is offered only while it composes with those chosen before it, so no combination that
-    conflicts is ever tried.
+    """One recipe. Of a room whose methods exclude each other, as caches do, one or none is chosen; another method is
+    offered only while it composes with those chosen before it, so no combination that conflicts is ever tried.
 
     Args:
         labels: methods that can be applied to this network, as found by trying.
@@ -39,13 +43,18 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
     if "order" in chosen_settings:  # more than there are steps is refused
         chosen_settings["order"] = min(chosen_settings["order"], steps)
     chosen: list[Method] = []
-    for label in labels:
-        kind = tree.method(label)
-        if not kind.saves or (label == "guidance.interval" and not guided):
-            continue
-        if conflict([*chosen, kind()]) is None and trial.suggest_categorical(label, [False, True]):
+    for room, choices in rooms(labels, guided).items():
+        if room is not None:
+            picked = trial.suggest_categorical(room, [NONE, *choices])
+            choices = [c for c in choices if c == picked]
+        for label in choices:
+            kind = tree.method(label)
+            if conflict([*chosen, kind()]) is not None:
+                continue
+            if room is None and not trial.suggest_categorical(label, [False, True]):
+                continue
             fields = {k: value(trial, f"{label}.{k}", f.annotation, f.default, f) for k, f in kind.model_fields.items()}
-            if label == "guidance.interval":
+            if {"low", "high"} <= fields.keys():
                 fields["low"], fields["high"] = sorted((fields["low"], fields["high"]))
             chosen.append(kind(**fields))
     return Recipe(
@@ -54,6 +63,17 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
         steps=steps,
         methods=tuple(chosen),
     )
+
+
+def rooms(labels: Sequence[str], guided: bool = True) -> dict[str | None, list[str]]:
+    """Methods that may be tried, by the rooms in which each excludes every other; under None the rest."""
+    tried = [n for n in labels if tree.method(n).saves and (guided or n != "guidance.interval")]
+    found: dict[str | None, list[str]] = {}
+    for name in dict.fromkeys(n.split(".")[0] for n in tried):
+        inside = [n for n in tried if n.split(".")[0] == name]
+        exclusive = all(conflict([tree.method(a)(), tree.method(b)()]) for a, b in combinations(inside, 2))
+        found.setdefault(name if exclusive and len(inside) > 1 else None, []).extend(inside)
+    return found
 
 
 def solvers() -> list[str]:
@@ -106,7 +126,10 @@ def refusals(net: nn.Module) -> dict[str, str]:
 
 def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
     """Where the search begins: plain good sense, as parameters for `suggest`."""
-    sure = {label: label.split(".")[0] in ("runtime", "tokens") for label in labels}
+    sure: dict[str, Any] = {}
+    for room, choices in rooms(labels).items():
+        good = [label for label in choices if tree.method(label).sure]
+        sure |= {c: c in good for c in choices} if room is None else {room: good[0] if good else NONE}
     plain: dict[str, Any] = {"grid": "uniform"}
     shifted: dict[str, Any] = {"grid": "shifted", "grid.shifted.shift": 2.0}
     half = {"guidance.interval": True, "guidance.interval.low": 0.15, "guidance.interval.high": 0.95}
