@@ -46,6 +46,18 @@ def doubled(value: Any) -> Any:
     return value
 
 
+def swapped(value: Any, size: int) -> Any:
+    """The halves of every tensor whose batch is `size` in the other order; all else stays."""
+    if isinstance(value, Tensor):
+        return value.roll(size // 2, 0) if value.ndim > 0 and len(value) == size else value
+    if isinstance(value, dict):
+        turned = {k: swapped(v, size) for k, v in value.items()}
+        return turned if type(value) is dict else type(value)(**turned)
+    if isinstance(value, list | tuple):
+        return type(value)(swapped(v, size) for v in value)
+    return value
+
+
 def split(both: Tensor) -> tuple[Tensor, Tensor]:
     """(unconditional, conditional) halves of [2 B, ...]. Raises Refused for an odd batch."""
     if len(both) % 2:

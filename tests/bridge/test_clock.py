@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hasten
+from families_more import MORE
 from hasten import Recipe, moment
 from hasten.bridge.drawing import draw, twin
 from hasten.bridge.pipelines import networks
@@ -93,3 +94,16 @@ def test_what_gives_no_pictures_is_told() -> None:
 
     with pytest.raises(ValueError, match="Sound gives no pictures"):
         next(draw(Sound(), ["a"], [1]))
+
+
+def test_a_pipeline_that_puts_its_conditional_half_first_is_turned() -> None:
+    """DiT's: without guidance anywhere, its batch of both gives what its conditional branch alone gives."""
+    family = next(f for f in MORE if f.name == "dit")
+    pipe = family.build()
+    guided, alone = family.call(pipe), family.call(pipe, guidance_scale=1.0)
+    with hasten.accelerate(pipe, Recipe.from_dict({"guidance": {"interval": [0.0, 0.0]}})):
+        got = family.call(pipe)
+    assert (got - alone).abs().max() < 1e-5
+    assert (guided - alone).abs().max() > 1e-3
+    with hasten.accelerate(pipe, Recipe.from_dict({})):
+        assert torch.equal(family.call(pipe), guided)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hasten import moment
 from hasten.bridge.process import Process, planned
 from hasten.grid import Node, nodes
+from hasten.halves import batch, swapped
 from hasten.moment import Branch, Moment
 from hasten.patch import Patch
 
@@ -29,6 +30,7 @@ class Clock:
 
     Attributes:
         sign: -1 where the network says the negative of its target, or the pipeline negates it.
+        turned: in a batch of both branches the pipeline puts the conditional half first; methods see it second.
         rows: of latents that the pipeline made in the running call; None where it does not say.
         guided: classifier-free guidance is on in the running call.
         scales: of that guidance, one a network, the last for the rest; None where the call has none.
@@ -37,8 +39,8 @@ class Clock:
         full, short: seconds of the last calls in which nothing was reused, and in which something was.
     """
 
-    def __init__(self, process: Process | None, negated: bool = False) -> None:
-        self.process, self.guided = process, True
+    def __init__(self, process: Process | None, negated: bool = False, turned: bool = False) -> None:
+        self.process, self.guided, self.turned = process, True, turned
         self.sign = (-1.0 if negated else 1.0) * (process.sign if process is not None else 1.0)
         self.rows: int | None = None
         self.scales: tuple[float | None, ...] = (None,)
@@ -76,8 +78,11 @@ class Clock:
             here = self._moment(scheduler, which, args, kwargs)
             self._branch += 1
             before, began = self._reused(), time.perf_counter()
+            turn = self.turned and here.branch == "both"
+            size = batch(args, kwargs) if turn else 0
             with moment.at(here):
-                out = forward(*args, **kwargs)
+                out = forward(*swapped(args, size), **swapped(kwargs, size)) if turn else forward(*args, **kwargs)
+            out = swapped(out, size) if turn else out
             spent = time.perf_counter() - began
             self.calls, self.seconds = self.calls + 1, self.seconds + spent
             (self.full if self._reused() == before else self.short).append(spent)

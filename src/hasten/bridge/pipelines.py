@@ -21,6 +21,8 @@ from hasten.recipe import Recipe, RecipeError
 NETWORKS = ("unet", "transformer", "transformer_2")
 NEGATES = ("Lumina", "ZImage", "HiDream", "NucleusMoE")
 """Pipelines whose class starts so negate what their network says before they step."""
+TURNED = ("DiTPipeline", "LuminaPipeline", "LuminaText2ImgPipeline")
+"""Pipelines that put the conditional half of a batch before the unconditional."""
 NORMALISES = ("QwenImage",)
 """Pipelines whose class starts so change the length of what they guided; others where `cfg_normalization` says so."""
 
@@ -59,7 +61,8 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
             known = process(_base(pipe.scheduler))
         except ValueError:
             known = None
-        clock = Clock(known, type(pipe).__name__.startswith(NEGATES))
+        kind = type(pipe).__name__
+        clock = Clock(known, kind.startswith(NEGATES), kind in TURNED)
         clock.tallies = [patch.tally for _, patch in done]
         done.append(("clock", clock.install(pipe.scheduler, list(nets.values()))))
         done.append(("defaults", _defaults(pipe, recipe, clock)))
