@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,20 @@ from hasten.cli.main import app, main
 
 OPTIONS = {
     "tune": ["budget_seconds", "device", "dry_run", "features", "model", "out", "prompts", "quality", "seed", "trials"],
-    "fit": ["count", "device", "gradients", "model", "out", "prompts", "recipe", "search", "seed", "solver", "steps"],
+    "fit": [
+        "cache",
+        "count",
+        "device",
+        "gradients",
+        "model",
+        "out",
+        "prompts",
+        "recipe",
+        "search",
+        "seed",
+        "solver",
+        "steps",
+    ],
     "generate": ["device", "model", "out", "prompts", "recipe", "seed"],
     "bench": ["count", "device", "features", "model", "out", "pairs", "prompts", "recipe", "seed"],
     "methods": ["json"],
@@ -86,6 +100,26 @@ def test_fit_writes_a_recipe_that_says_what_it_gained(
 
 
 def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_cache_writes_a_plan_within_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.write(sd3_with_words(), tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(3)))
+    out, words = tmp_path / "cached.yaml", ["--steps", "6", "--count", "3", "--prompts", str(tmp_path / "prompts.txt")]
+    fit = ["fit", str(tmp_path / "tiny"), "--cache", "0.3", *words, "--out", str(out)]
+    assert run(monkeypatch, *fit) == 0
+    said, recipe = capsys.readouterr().out, Recipe.load(out)
+    (plan,) = recipe.methods
+    found = re.search(r"(\d) of 6 evaluations run in full; latents move by ([\d.]+)%", said)
+    assert found is not None
+    assert plan.label() == "cache.planned"
+    assert len(plan.compute) == int(found[1]) < 6  # type: ignore[attr-defined]
+    assert float(found[2]) <= 30
+    assert recipe.steps == 6
+    assert run(monkeypatch, *fit, "--recipe", str(out)) == 2
+    assert "the recipe has a cache already" in capsys.readouterr().err
+
+
     assert run(monkeypatch, "methods", "--json") == 0
     things = json.loads(capsys.readouterr().out)
     kinds = {"solver", "grid", "guidance", "method", "objective", "metric"}

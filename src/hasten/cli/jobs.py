@@ -90,6 +90,33 @@ def fit(
     console.print(f"recipe: {out}", highlight=False)
 
 
+def fit_cache(
+    model: str, budget: float, steps: int | None, out: Path, prompts: Path | None, count: int, seed: int,
+    recipe: Path | None, device: str | None,
+) -> None:  # fmt: skip
+    """The recipe with a plan of when to recompute in `out`, and on the screen what it spares and costs."""
+    from rich.progress import Progress
+
+    from hasten.fit.reuse import PARTS, plan
+
+    console = Console()
+    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
+    base = base.model_copy(update={"steps": steps}) if steps else base
+    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
+    _writable(out.parent)
+    pipe = load(model, device)
+    with Progress(console=console) as bar:
+        line = bar.add_task(f"runs of {len(given)} pictures", total=PARTS + 6)
+        found = plan(pipe, given, budget, base, seed=seed, tick=lambda n: bar.advance(line, n))
+    text = (
+        f"{found.computed} of {found.steps} evaluations run in full; latents move by {found.measured:.2%} on these "
+        f"prompts (allowed {budget:.2%})"
+    )
+    console.print(text, highlight=False)
+    found.recipe.save(out, f"fitted by hasten to {model}\n{text}")
+    console.print(f"recipe: {out}", highlight=False)
+
+
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of the prompts, evenly over the list. Raises UserError where there are fewer than 3."""
     if len(prompts) < 3:

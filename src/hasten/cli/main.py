@@ -59,7 +59,16 @@ def tune(
 @app.command(rich_help_panel="The main job")
 def fit(
     model: Model,
-    steps: Annotated[int, typer.Option(min=1, max=100, help="network calls a picture, guidance counted once")] = 6,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=100, help="network calls a picture, guidance counted once; absent: 6, with --cache all"
+        ),
+    ] = None,
+    cache: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="fit when to recompute: how far pictures may move, relative, such as 0.05"),
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help="fit the times of this one (see `hasten methods`); absent: fit its weights too")
     ] = None,
@@ -76,9 +85,16 @@ def fit(
 
     Below ten calls the grid matters more than the solver. Example: hasten fit emoji-flow --steps 6 --out grid.yaml,
     then hasten generate emoji-flow "a red apple" --recipe grid.yaml
+
+    With --cache, fit which evaluations run in full instead, the others reusing what these kept: hasten fit emoji-flow
+    --cache 0.05 --out cached.yaml
     """
     from hasten.cli import jobs
 
+    if cache is not None:
+        jobs.fit_cache(model, cache, steps, out, prompts, count, seed, recipe, device)
+        return
+    steps = steps or 6
     jobs.fit(model, steps, solver, out, prompts, count, seed, search, gradients, recipe, device)
 
 
