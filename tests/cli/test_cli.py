@@ -99,7 +99,6 @@ def test_fit_writes_a_recipe_that_says_what_it_gained(
     assert [m.label() for m in recipe.methods] == ["tokens.fold"]
 
 
-def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
 def test_fit_cache_writes_a_plan_within_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +119,7 @@ def test_fit_cache_writes_a_plan_within_its_budget(
     assert "the recipe has a cache already" in capsys.readouterr().err
 
 
+def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "methods", "--json") == 0
     things = json.loads(capsys.readouterr().out)
     kinds = {"solver", "grid", "guidance", "method", "objective", "metric"}
