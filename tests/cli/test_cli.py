@@ -61,6 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["tune", "emoji-flow", "--prompts", "FEW"], "12 or more"),
         (["bench", "emoji-flow", "--recipe", "BAD"], "unknown solver 'warp'"),
         (["train", "nothing"], "no embedded model"),
+        (["train", "emoji-unet", "--autoencoder-steps", "9"], "--autoencoder-steps"),
         (["fit", "emoji-flow", "--solver", "warp"], "unknown solver 'warp'"),
         (["fit", "emoji-flow", "--solver", "ddpm", "--count", "3"], "ddpm can't be fitted"),
         (["fit", "emoji-flow", "--prompts", "FEW"], "3 prompts or more"),

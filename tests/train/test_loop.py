@@ -110,3 +110,26 @@ def test_muon_moves_block_matrices_and_adam_the_rest() -> None:
     assert isinstance(first, Muon)
     assert [p is net["blocks"][0].weight for g in first.param_groups for p in g["params"]] == [True]
     assert sum(len(g["params"]) for g in second.param_groups) == 3
+
+
+def test_muon_moves_a_kernel_as_the_matrix_that_it_is_read_as() -> None:
+    """One step on a convolution and on a linear layer of the same weights and gradients: the same weights after, for
+    any scale of the gradient; gradients are gone."""
+    rng = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(6, 4, 3, 3, generator=rng) for _ in range(2))
+    moved = []
+    for scale in (1.0, 1000.0):
+        nets = nn.Conv2d(4, 6, 3), nn.Linear(36, 6)
+        for net in nets:
+            with torch.no_grad():
+                net.weight.copy_(weight.reshape(net.weight.shape))
+            net.weight.grad = scale * gradient.reshape(net.weight.shape)
+            mover, rest = muon([nn.ModuleDict({"block": net})])
+            assert [p is net.bias for g in rest.param_groups for p in g["params"]] == [True]
+            mover.step()
+            mover.zero_grad()
+            assert net.weight.grad is None
+            moved.append(net.weight.detach().flatten(1))
+    assert all(torch.equal(m, moved[0]) for m in moved[1:2])
+    assert all(torch.allclose(m, moved[0], atol=1e-3) for m in moved)
+    assert not torch.allclose(moved[0], weight.flatten(1), atol=1e-3)

@@ -6,7 +6,6 @@ result with no hasten installed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from hasten.bridge import folders
+from hasten.bridge import small
 from hasten.tokens.joint import BiasedJointAttention, explicit
 
 systems: tuple[str, ...] = ("sd3",)
@@ -135,30 +134,11 @@ def no_t5_tokenizer() -> T5Tokenizer:
     return words
 
 
-def latents(vae: AutoencoderTiny, pixels: Tensor) -> Tensor:
-    """Scaled latents of pictures in [-1, 1], as the pipeline feeds its transformer, [N, 4, 16, 16]."""
-    with torch.no_grad():
-        z = torch.cat([vae.encoder(part) for part in pixels.split(256)])
-    return (z - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-def ids(pipe: StableDiffusion3Pipeline, texts: list[str]) -> Tensor:
-    """Token ids, [B, 16]."""
-    made = pipe.tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    return made.input_ids
-
-
 def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Saves `pipe` with diffusers' own attention and weights in half precision, which load as float32 everywhere."""
+    """Saves `pipe` with diffusers' own attention and weights in half precision.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
     pipe.transformer.set_attn_processor(JointAttnProcessor2_0())
-    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        part.to("cpu", torch.float16)
-    folders.write(pipe, folder)
-    for file in folder.glob("*/config.json"):
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where it was trained is nobody's business
-        if file.parent.name == "vae":
-            config.pop("block_out_channels", None)  # set again by the class itself, which warns of it
-        if "text_encoder" in file.parent.name:  # transformers would load what the config says, or what is stored
-            config["dtype"] = "float32"
-        file.write_text(json.dumps(config, indent=2) + "\n")
+    small.write(pipe, folder)

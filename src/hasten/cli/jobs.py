@@ -176,16 +176,21 @@ def bench(
 
 
 def train(
-    name: str, out: Path, steps: int, autoencoder_steps: int, seed: int, device: str | None, start: Path | None
+    name: str, out: Path, steps: int, autoencoder_steps: int | None, seed: int, device: str | None, start: Path | None
 ) -> None:
     """Trains an embedded model into `out`."""
-    if name not in reference.NAMES:
-        raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.NAMES)}")
+    if name not in reference.TRAINED:
+        raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.TRAINED)}")
+    if name == "emoji-unet" and autoencoder_steps is not None:
+        raise UserError("emoji-unet has the autoencoder of emoji-flow as it is: leave --autoencoder-steps out")
     _writable(out)
-    from hasten.reference.training import train_pipeline
+    from hasten.reference import training, training_unet
 
-    place = _device(device)
-    train_pipeline(out, steps, autoencoder_steps, seed, str(place) if place else None, start)
+    place = str(_device(device)) if device is not None else None
+    if name == "emoji-unet":
+        training_unet.train_pipeline(out, steps, seed, place, start)
+    else:
+        training.train_pipeline(out, steps, autoencoder_steps or 4_000, seed, place, start)
 
 
 def _device(device: str | None) -> torch.device | None:

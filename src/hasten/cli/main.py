@@ -145,12 +145,19 @@ def methods(
 
 @app.command(rich_help_panel="The embedded models")
 def train(
-    name: Annotated[str, typer.Argument(help="emoji-flow")],
-    out: Annotated[Path, typer.Option(help="folder for checkpoints, sample grids and the pipeline")] = Path(
-        "emoji-flow"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="of the transformer; 64 pictures each")] = 6_000,
-    autoencoder_steps: Annotated[int, typer.Option(min=1, help="of the autoencoder; 32 pictures each")] = 4_000,
+    name: Annotated[str, typer.Argument(help="emoji-flow or emoji-unet")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder for checkpoints, sample grids and the pipeline; absent: NAME")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of the transformer, 64 pictures each, or of the U-Net, 32 each")
+    ] = 6_000,
+    autoencoder_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="of emoji-flow's autoencoder, which emoji-unet shares; 32 pictures each; absent: 4000"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
     start: Annotated[Path | None, typer.Option(help="pipeline folder to go on from, with its autoencoder")] = None,
@@ -159,7 +166,7 @@ def train(
     exactly."""
     from hasten.cli import jobs
 
-    jobs.train(name, out, steps, autoencoder_steps, seed, device, start)
+    jobs.train(name, out or Path(name), steps, autoencoder_steps, seed, device, start)
 
 
 def main() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 NAMES = ("emoji-flow",)
 
+TRAINED = (*NAMES, "emoji-unet")
+"""What `hasten train` trains: of the second no weights are shipped yet."""
+
 
 def folder(name: str) -> Path:
     """Where an embedded pipeline lies, in diffusers' layout. Raises ValueError for an unknown name."""
@@ -17,7 +20,7 @@ def folder(name: str) -> Path:
 
 
 def pipeline(name: str = "emoji-flow") -> Any:
-    """The embedded pipeline, a plain `StableDiffusion3Pipeline` in float32."""
+    """The embedded pipeline, a plain `StableDiffusion3Pipeline` in float32. Raises ValueError for an unknown name."""
     from hasten.bridge import folders
 
     return folders.read(folder(name))

@@ -1,4 +1,4 @@
-"""The emoji that `emoji-flow` learned from: 3,786 Noto Emoji pictures (Apache-2.0) and their names (emoji-data,
+"""The emoji that the embedded models learned from: 3,786 Noto Emoji pictures (Apache-2.0) and their names (emoji-data,
 MIT)."""
 
 from __future__ import annotations

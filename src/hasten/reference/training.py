@@ -1,4 +1,5 @@
-"""How `emoji-flow` is trained: first its autoencoder, then its transformer and text encoders together."""
+"""How `emoji-flow` is trained: first its autoencoder, then its transformer and text encoders together; and what
+`emoji-unet` has of that."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.bridge import folders, small_sd3
+from hasten.bridge import folders, small, small_sd3
 from hasten.bridge.drawing import draw, quiet
 from hasten.measure.pictures import gallery, pictures
 from hasten.objectives.pretrain.flow_matching import FlowMatching
@@ -44,7 +45,8 @@ def train_pipeline(
         pipe = small_sd3.pipeline(small_sd3.kept_tokenizer(out / "tokenizer", captions), vae)
 
     def look(step: int, nets: dict[str, nn.Module]) -> None:
-        sheet(pipe, out / f"grid-{step:06d}.png")
+        place = next(nets["denoiser"].parameters()).device
+        sheet(pipe.to(place), out / f"grid-{step:06d}.png")
 
     train_transformer(pipe, out / "transformer", pixels, steps, seed, device, look)
     small_sd3.write(pipe, out / "pipeline")
@@ -99,22 +101,29 @@ def train_transformer(
 
     Times lean towards noise: what a picture is of is decided there, and a flat drawing's details come easily.
     """
-    z = small_sd3.latents(pipe.vae, pixels)
-    entries, weights = emoji.entries(), emoji.weights()
     net = small_sd3.TextToVelocity(pipe)
     net.compile()
+    batch = captioned(pipe, pixels, size, seed)
+    train(
+        FlowMatching(location=0.5), {"denoiser": net}, batch, optimizers=muon, until=until, rate=trapezoid(until, 200),
+        seed=seed, folder=folder, look=look, device=device, every=250, decay=0.998,
+    )  # fmt: skip
+
+
+def captioned(pipe: Any, pixels: Tensor, size: int, seed: int) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    """Batches of `size` latents "x0" and caption "ids" for `train`, a tenth of the captions left empty; captions depend
+    on (seed, step) alone."""
+    z = small.latents(pipe.vae, pixels)
+    entries, weights = emoji.entries(), emoji.weights()
 
     def batch(step: int, rng: torch.Generator) -> dict[str, Tensor]:
         rows = torch.multinomial(weights.to(rng.device), size, True, generator=rng).tolist()
         words = torch.Generator().manual_seed((seed << 20) + step)
         drop = torch.rand(size, generator=words) < 0.1
         texts = ["" if drop[i] else entries[r].caption(words) for i, r in enumerate(rows)]
-        return {"x0": z[rows], "ids": small_sd3.ids(pipe, texts)}
+        return {"x0": z[rows], "ids": small.ids(pipe, texts)}
 
-    train(
-        FlowMatching(location=0.5), {"denoiser": net}, batch, optimizers=muon, until=until, rate=trapezoid(until, 200),
-        seed=seed, folder=folder, look=look, device=device, every=250, decay=0.998,
-    )  # fmt: skip
+    return batch
 
 
 def sheet(pipe: Any, file: Path) -> None:
