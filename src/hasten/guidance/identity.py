@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.overrides import TorchFunctionMode
 
-from hasten.method import Refused
+from hasten.picture import Picture
 
 
 class Identity(TorchFunctionMode):
@@ -28,37 +28,24 @@ class Identity(TorchFunctionMode):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.tokens, self.met, self._alike = tokens, False, False
-        self._joined: dict[int, int] = {}  # length of words and picture together -> where the picture begins
+        self.tokens, self.met, self.picture = tokens, False, Picture(tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.cat:
-            self._note(*args, **kwargs)
+            self.picture.note(*args, **kwargs)
         if func is attend and not self.met:
             return self._attend(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def _note(self, tensors: Any, dim: int = 0, **_: Any) -> None:
-        """Joint attention puts the two sequences together: in which order is the network's own affair."""
-        if len(tensors) == 2:
-            first, second = (t.shape[dim] for t in tensors)
-            if self.tokens in (first, second):
-                self._joined[first + second] = 0 if first == self.tokens else first
-                self._alike = first == second
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **more: Any,
     ) -> Tensor:  # fmt: skip
         length = query.shape[-2]
-        start = 0 if length == self.tokens else self._joined.get(length)
-        if key.shape[-2] != length or start is None:  # words, or a window
+        start = self.picture.start(length, key.shape[-2])
+        if start is None:
             return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        if length > self.tokens and self._alike:
-            raise Refused(
-                f"{self.tokens} places and as many words: which come first cannot be told; change one of them"
-            )
         self.met = True
         if length == self.tokens:
             return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

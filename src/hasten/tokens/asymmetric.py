@@ -15,7 +15,7 @@ from hasten.moment import Moment, now
 from hasten.patch import Patch
 from hasten.tokens.matching import Pairs, destinations, match, redundancy
 from hasten.tokens.places import Places, Spot, generator, spots
-from hasten.tokens.within import Side, Within
+from hasten.tokens.within import Side, entered
 
 
 class Asymmetric(Method):
@@ -59,17 +59,8 @@ class Asymmetric(Method):
             return patch.keep()
 
     def _wrap(self, patch: Patch, places: Places, spot: Spot) -> None:
-        running: list[Within] = []
+        running = entered(patch, spot.block)
         kept = {"queries": Kept(), "keys": Kept()}
-
-        @torch.compiler.disable  # compiled code would not see the mode
-        def block(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with Within(spot.block.inputs(args, kwargs).x.shape[1]) as mode:
-                running.append(mode)
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    running.pop()
 
         def attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             grid = places.grid(running[-1].tokens)
@@ -88,7 +79,6 @@ class Asymmetric(Method):
             ):
                 return forward(*args, **kwargs)
 
-        patch.wrap(spot.block.module, block)
         patch.wrap(spot.site.module, attention)
 
     def _match(self, x_BHNC: Tensor, rate: float, grid: tuple[int, int, int], index: int, name: str) -> Pairs | None:

@@ -13,7 +13,7 @@ from hasten.method import Method, Part, Refused, Stage
 from hasten.patch import Patch
 from hasten.tokens.matching import take
 from hasten.tokens.places import Places, Spot, is_video, spots
-from hasten.tokens.within import Side, Within
+from hasten.tokens.within import Side, entered
 
 
 class Downsample(Method):
@@ -80,16 +80,7 @@ class Downsample(Method):
 
     def _inside(self, patch: Patch, places: Places, spot: Spot) -> None:
         """Keys and values are dropped after positions have turned them."""
-        running: list[Within] = []
-
-        @torch.compiler.disable  # compiled code would not see the mode
-        def block(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with Within(spot.block.inputs(args, kwargs).x.shape[1]) as mode:
-                running.append(mode)
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    running.pop()
+        running = entered(patch, spot.block)
 
         def attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             mode = running[-1]
@@ -104,7 +95,6 @@ class Downsample(Method):
             with mode.on(plan):
                 return forward(*args, **kwargs)
 
-        patch.wrap(spot.block.module, block)
         patch.wrap(spot.site.module, attention)
 
 

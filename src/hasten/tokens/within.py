@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.overrides import TorchFunctionMode
 
+from hasten.anatomy import Block
 from hasten.method import Refused
+from hasten.patch import Patch
+from hasten.picture import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,7 @@ class Within(TorchFunctionMode):
         super().__init__()
         self.tokens, self.met = tokens, 0
         self._plan: Plan | None = None
-        self._joined: dict[int, int] = {}  # length of words and picture together -> where the picture begins
-        self._alike = False
+        self.picture = Picture(tokens)
 
     @contextmanager
     def on(self, plan: Plan) -> Iterator[None]:
@@ -70,31 +72,19 @@ class Within(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.cat:
-            self._note(*args, **kwargs)
+            self.picture.note(*args, **kwargs)
         if func is attend and self._plan is not None:
             return self._attend(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def _note(self, tensors: Any, dim: int = 0, **_: Any) -> None:
-        """Joint attention puts the two sequences together: in which order is the network's own affair."""
-        if len(tensors) == 2:
-            first, second = (t.shape[dim] for t in tensors)
-            if self.tokens in (first, second):
-                self._joined[first + second] = 0 if first == self.tokens else first
-                self._alike = first == second
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **more: Any,
     ) -> Tensor:  # fmt: skip
         length = query.shape[-2]
-        start = 0 if length == self.tokens else self._joined.get(length)
-        if key.shape[-2] != length or start is None or self._plan is None:  # words, or a window
+        start = self.picture.start(length, key.shape[-2])
+        if start is None or self._plan is None:
             return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        if length > self.tokens and self._alike:
-            raise Refused(
-                f"{self.tokens} places and as many words: which come first cannot be told; change one of them"
-            )
         if query.shape[:-2] != key.shape[:-2] or is_causal:
             raise Refused("attention whose heads share keys, or that is causal, is not served: leave the method out")
         which, self.met = self.met, self.met + 1
@@ -111,6 +101,23 @@ class Within(TorchFunctionMode):
             return y
         cut = slice(start, start + queries.stay.shape[-1])
         return _instead(y, queries.up(y[..., cut, :]), cut)
+
+
+def entered(patch: Patch, block: Block) -> list[Within]:
+    """Runs `block` within a mode of its own, which stands last in the list while it does."""
+    running: list[Within] = []
+
+    @torch.compiler.disable  # compiled code would not see the mode
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with Within(block.inputs(args, kwargs).x.shape[1]) as mode:
+            running.append(mode)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                running.pop()
+
+    patch.wrap(block.module, around)
+    return running
 
 
 def _instead(x: Tensor, part: Tensor, where: slice) -> Tensor:
