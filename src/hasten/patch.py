@@ -69,9 +69,18 @@ class Patch(ExitStack):
         self._note(owner, name, check, undo)
 
     def wrap(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        """Calls `around(forward, *args, **kwargs)` in place of `forward(*args, **kwargs)`."""
+        """Calls `around(forward, *args, **kwargs)` in place of `forward(*args, **kwargs)`.
+
+        Within a compiled block it runs as plain Python, and what it calls there too: counters and states that change at
+        every call would have the block compiled anew at each.
+        """
         inner = module.forward
-        self.set(module, "forward", lambda *args, **kwargs: around(inner, *args, **kwargs))
+
+        @torch.compiler.disable
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return around(inner, *args, **kwargs)
+
+        self.set(module, "forward", forward)
 
     def after(self, owner: object, name: str, then: Callable[[], None]) -> None:
         """Calls `then()` once the owner's method `name` has returned; its signature still reads as before."""
