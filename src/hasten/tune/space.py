@@ -142,6 +142,8 @@ def starts(labels: Sequence[str], most_steps: int) -> list[dict[str, Any]]:
         (0.3, "unipc", shifted),
         (0.4, "euler", late),
         (0.43, "euler", plain | half),
+        (0.47, "euler", late),
+        (0.57, "euler", late),
         (0.5, "dpmpp_2m", plain),
     )
     return [{"solver": s, "calls": max(4, round(most_steps * share)), **sure, **more} for share, s, more in tries]
