@@ -64,7 +64,7 @@ def benchmarks() -> str:
         "`make bench` runs them all. Every number here is read from `benchmarks/results/`.\n",
     ]
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        if file.stem.startswith("solvers-"):  # thousands of rows: docs/solvers.md has what they say
+        if file.stem.startswith(("solvers-", "compatibility")):  # thousands of rows, which pages of their own sum up
             continue
         script = ROOT / "benchmarks" / f"{file.stem}.py"
         about = script.read_text(encoding="utf-8").split('"""')[1] if script.exists() else f"{file.stem}\n"
@@ -104,7 +104,7 @@ def flattened(value: dict[str, Any], before: str = "") -> dict[str, str]:
             flat[name] = f"{number(v['median'])} ({number(v['p10'])} to {number(v['p90'])})"
         elif isinstance(v, dict):
             flat |= flattened(v, f"{name}: ")
-        else:
+        elif not (isinstance(v, list) and v and isinstance(v[0], dict)):  # single pairs: the file has them
             flat[name] = number(v)
     return flat
 

@@ -68,19 +68,20 @@ class Patch(ExitStack):
         vars(owner)[name] = value
         self._note(owner, name, check, undo)
 
-    def wrap(self, module: nn.Module, around: Callable[..., Any]) -> None:
+    def wrap(self, module: nn.Module, around: Callable[..., Any], traced: bool = True) -> None:
         """Calls `around(forward, *args, **kwargs)` in place of `forward(*args, **kwargs)`.
 
-        Within a compiled block it runs as plain Python, and what it calls there too: counters and states that change at
-        every call would have the block compiled anew at each.
+        Args:
+            traced: within compiled code it is compiled too. False for what counts, keeps state or enters a mode inside
+                a block: it runs as plain Python there, with what it calls, since compiled code does not see modes and
+                is compiled anew whenever a counter that it reads has changed.
         """
         inner = module.forward
 
-        @torch.compiler.disable
         def forward(*args: Any, **kwargs: Any) -> Any:
             return around(inner, *args, **kwargs)
 
-        self.set(module, "forward", forward)
+        self.set(module, "forward", forward if traced else torch.compiler.disable(forward))
 
     def after(self, owner: object, name: str, then: Callable[[], None]) -> None:
         """Calls `then()` once the owner's method `name` has returned; its signature still reads as before."""

@@ -56,7 +56,7 @@ class Faster(Method):
         with Patch() as patch:
             if self.every > 1:
                 for site in sites:
-                    patch.wrap(site.module, self._attention(patch))
+                    patch.wrap(site.module, self._attention(patch), traced=False)
             if self.full > 1:
                 patch.wrap(model, self._network(patch))
             return patch.keep()

@@ -70,7 +70,7 @@ def hold(patch: Patch, module: nn.Module, decide: Decide, weight: int = 1) -> No
         kept[here.branch] = Held.of(here, x, out)
         return out
 
-    patch.wrap(module, around)
+    patch.wrap(module, around, traced=False)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

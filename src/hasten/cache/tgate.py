@@ -53,7 +53,7 @@ class TGate(Method):
             if self.gate < 1:
                 state = _Gate()
                 for site in sites:
-                    patch.wrap(site.module, _attention(patch, state, site.name))
+                    patch.wrap(site.module, _attention(patch, state, site.name), traced=False)
                 patch.wrap(model, self._network(patch, state))
             if self.every > 1:
                 for site in anatomy(model).attentions("self"):

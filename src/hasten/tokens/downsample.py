@@ -76,7 +76,7 @@ class Downsample(Method):
             kwargs["encoder_hidden_states"] = take(x_BNC, index)  # where there is one, keys and values are made from it
             return forward(*args[:1], **kwargs)
 
-        patch.wrap(spot.site.module, around)
+        patch.wrap(spot.site.module, around, traced=False)
 
     def _inside(self, patch: Patch, places: Places, spot: Spot) -> None:
         """Keys and values are dropped after positions have turned them."""

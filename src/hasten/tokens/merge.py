@@ -79,8 +79,7 @@ class Merge(Method):
             finally:
                 running.end()
 
-        # compiled code would not see the mode
-        patch.wrap(block.module, torch.compiler.disable(around) if inside else around)
+        patch.wrap(block.module, around, traced=not inside)
         if self.attention:
             for spot in here:
                 patch.wrap(spot.site.module, running.turned if rotary else running.shorter)

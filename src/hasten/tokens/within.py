@@ -107,7 +107,6 @@ def entered(patch: Patch, block: Block) -> list[Within]:
     """Runs `block` within a mode of its own, which stands last in the list while it does."""
     running: list[Within] = []
 
-    @torch.compiler.disable  # compiled code would not see the mode
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with Within(block.inputs(args, kwargs).x.shape[1]) as mode:
             running.append(mode)
@@ -116,7 +115,7 @@ def entered(patch: Patch, block: Block) -> list[Within]:
             finally:
                 running.pop()
 
-    patch.wrap(block.module, around)
+    patch.wrap(block.module, around, traced=False)
     return running
 
 
