@@ -1,10 +1,19 @@
-"""Where the picture lies among what attends together."""
+"""Attention among the picture's places, found and computed otherwise while a network runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.overrides import TorchFunctionMode
+
+from hasten.anatomy import Block
 from hasten.method import Refused
+from hasten.patch import Patch
 
 
 class Picture:
@@ -37,3 +46,70 @@ class Picture:
                 f"{self.tokens} places and as many words: which come first cannot be told; change one of them"
             )
         return start
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A softmax attention that is about to run, in which the picture's places attend to one another.
+
+    Attributes:
+        query, key, value: [B, H, L, C]; keys and values may have fewer heads.
+        at: which of the L are the picture's; the others are words.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    at: slice
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    more: dict[str, Any] | None = None
+
+    def run(self) -> Tensor:
+        """As torch computes it."""
+        return attend(self.query, self.key, self.value, self.mask, self.dropout, self.causal, **self.more or {})
+
+
+Compute = Callable[[Call], Tensor]
+
+
+class Attending(TorchFunctionMode):
+    """Within it, attention among `tokens` places is what `compute` says, as long as that is not None. Attention to
+    words alone stays as it is, and what happens outside, in other threads too. `torch.compile` traces it.
+
+    Raises, within:
+        Refused: words and picture are of one length, so that nothing tells which is which.
+    """
+
+    def __init__(self, tokens: int, compute: Compute | None) -> None:
+        super().__init__()
+        self.compute, self._picture = compute, Picture(tokens)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cat:
+            self._picture.note(*args, **kwargs)
+        if func is attend and self.compute is not None:
+            return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        start = self._picture.start(query.shape[-2], key.shape[-2])
+        if start is None or self.compute is None:
+            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        at = slice(start, start + self._picture.tokens)
+        return self.compute(Call(query, key, value, at, attn_mask, dropout_p, is_causal, more))
+
+
+def attending(patch: Patch, block: Block, compute: Compute) -> None:
+    """While `block` runs, attention among the picture's places is what `compute` says."""
+
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with Attending(block.inputs(args, kwargs).x.shape[1], compute):
+            return forward(*args, **kwargs)
+
+    patch.wrap(block.module, around)

@@ -16,10 +16,10 @@ from hasten import moment
 from hasten.anatomy import anatomy
 from hasten.method import Refused
 from hasten.moment import Moment
+from hasten.places import generator
 from hasten.tokens import asymmetric
 from hasten.tokens.asymmetric import Asymmetric, Kept
 from hasten.tokens.matching import Pairs, destinations
-from hasten.tokens.places import generator
 
 pytestmark = [pytest.mark.system("asymrnr"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
 

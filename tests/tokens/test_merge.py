@@ -18,9 +18,9 @@ from hasten import moment
 from hasten.anatomy import anatomy
 from hasten.method import Refused
 from hasten.moment import Moment
+from hasten.places import generator
 from hasten.tokens.matching import destinations
 from hasten.tokens.merge import Merge
-from hasten.tokens.places import generator
 
 pytestmark = [pytest.mark.system("tome-sd"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as attend
-from torch.overrides import TorchFunctionMode
 
-from hasten.picture import Picture
+from hasten.picture import Attending, Call
 
 
-class Identity(TorchFunctionMode):
+class Identity:
     """Within it, the first self-attention over `tokens` places gives each place its own value. Ahn et al. 2024,
     arXiv:2403.17377 sec. 4 (self-attention: the values as they are); where words and picture attend jointly, only the
     picture's places are hidden from one another, as in diffusers' PAG for Stable Diffusion 3. Attention to words
     alone stays.
 
     Attributes:
-        tokens: places of the picture, N.
         met: the self-attention was seen.
 
     Raises, within:
@@ -27,32 +25,29 @@ class Identity(TorchFunctionMode):
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens, self.met, self.picture = tokens, False, Picture(tokens)
+        self.met, self._mode = False, Attending(tokens, self._first)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.cat:
-            self.picture.note(*args, **kwargs)
-        if func is attend and not self.met:
-            return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> Identity:
+        self._mode.__enter__()
+        return self
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, **more: Any,
-    ) -> Tensor:  # fmt: skip
-        length = query.shape[-2]
-        start = self.picture.start(length, key.shape[-2])
-        if start is None:
-            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        self.met = True
-        if length == self.tokens:
-            return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-        seen = torch.zeros(length, length, dtype=query.dtype, device=query.device)
-        places = slice(start, start + self.tokens)
-        seen[places, places] = -torch.inf
-        seen.fill_diagonal_(0)
-        if attn_mask is not None:
-            seen = seen + (attn_mask if attn_mask.is_floating_point() else torch.where(attn_mask, 0.0, -torch.inf))
-        return attend(query, key, value, seen, dropout_p, **more)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._mode.__exit__(kind, error, at)
+
+    def _first(self, call: Call) -> Tensor:
+        self.met, self._mode.compute = True, None
+        return blind(call)
+
+
+def blind(call: Call) -> Tensor:
+    """What an attention gives whose places of the picture see themselves and the words."""
+    query, value, at, mask = call.query, call.value, call.at, call.mask
+    length = query.shape[-2]
+    if length == at.stop - at.start:
+        return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    seen = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+    seen[at, at] = -torch.inf
+    seen.fill_diagonal_(0)
+    if mask is not None:
+        seen = seen + (mask if mask.is_floating_point() else torch.where(mask, 0.0, -torch.inf))
+    return replace(call, mask=seen, causal=False).run()

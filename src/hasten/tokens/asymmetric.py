@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
+from hasten.places import Places, Spot, generator, spots
 from hasten.tokens.matching import Pairs, destinations, match, redundancy
-from hasten.tokens.places import Places, Spot, generator, spots
 from hasten.tokens.within import Side, entered
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hasten.method import Method, Part, Refused, Stage
 from hasten.patch import Patch
+from hasten.places import Places, Spot, spots
 from hasten.tokens.matching import take
-from hasten.tokens.places import Places, Spot, is_video, spots
 from hasten.tokens.within import Side, entered
 
 
@@ -34,12 +34,7 @@ class Downsample(Method):
     second: int = Field(1, ge=1, le=8)
 
     def apply(self, model: nn.Module) -> Patch:
-        found = spots(model, "tokens.downsample")
-        if is_video(model):
-            raise Refused(
-                f"tokens.downsample works on pictures; {type(model).__name__} attends to all frames at once: take "
-                "tokens.asymmetric"
-            )
+        found = spots(model, "tokens.downsample", pictures=True)
         with Patch() as patch:
             if max(self.factor, self.second) > 1:
                 places = Places(patch, model)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hasten.method import Method, Part, Refused, Stage
 from hasten.patch import Patch
+from hasten.places import Places, Spot, generator, spots
 from hasten.tokens.matching import Pairs, destinations, match
-from hasten.tokens.places import Places, Spot, generator, is_video, spots
 from hasten.tokens.within import Side, Within
 
 WORDS = ("ff_context", "txt_mlp")
@@ -51,12 +51,7 @@ class Merge(Method):
     seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"low": 0, "high": 0})
 
     def apply(self, model: nn.Module) -> Patch:
-        found = spots(model, "tokens.merge")
-        if is_video(model):
-            raise Refused(
-                f"tokens.merge works on pictures; {type(model).__name__} attends to all frames at once: take "
-                "tokens.asymmetric"
-            )
+        found = spots(model, "tokens.merge", pictures=True)
         with Patch() as patch:
             if self.ratio > 0:
                 places = Places(patch, model)

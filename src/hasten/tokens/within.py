@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as attend
-from torch.overrides import TorchFunctionMode
 
 from hasten.anatomy import Block
 from hasten.method import Refused
 from hasten.patch import Patch
-from hasten.picture import Picture
+from hasten.picture import Attending, Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,12 @@ Plan = Callable[[Tensor, Tensor, Tensor, int], tuple[Side | None, Side | None]]
 with values; None leaves them."""
 
 
-class Within(TorchFunctionMode):
+class Within:
     """Within it, and while `on`, attention among `tokens` places runs on the sequences that `plan` makes of them; words
     that attend together with them stay. Attention to words alone stays as it is.
 
     Attributes:
+        tokens: places of the picture, N.
         met: attentions that were seen so, in the last `on`.
 
     Raises, within:
@@ -50,57 +50,53 @@ class Within(TorchFunctionMode):
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
         self.tokens, self.met = tokens, 0
-        self._plan: Plan | None = None
-        self.picture = Picture(tokens)
+        self._mode = Attending(tokens, None)
+
+    def __enter__(self) -> Within:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._mode.__exit__(kind, error, at)
 
     @contextmanager
     def on(self, plan: Plan) -> Iterator[None]:
         """While this lasts, attention follows the plan. Raises Refused at its end where it met none."""
-        self._plan, self.met = plan, 0
+
+        def compute(call: Call) -> Tensor:
+            which, self.met = self.met, self.met + 1
+            return shorter(call, plan, which)
+
+        self._mode.compute, self.met = compute, 0
         try:
             yield
         finally:
-            self._plan = None
+            self._mode.compute = None
         if not self.met:
             raise Refused(
                 f"no softmax attention among {self.tokens} tokens was seen to run (another backend, or a compiled "
                 "block): leave the method out, or the other one"
             )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.cat:
-            self.picture.note(*args, **kwargs)
-        if func is attend and self._plan is not None:
-            return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, **more: Any,
-    ) -> Tensor:  # fmt: skip
-        length = query.shape[-2]
-        start = self.picture.start(length, key.shape[-2])
-        if start is None or self._plan is None:
-            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        if query.shape[:-2] != key.shape[:-2] or is_causal:
-            raise Refused("attention whose heads share keys, or that is causal, is not served: leave the method out")
-        which, self.met = self.met, self.met + 1
-        here = slice(start, start + self.tokens)
-        queries, keys = self._plan(query[..., here, :], key[..., here, :], value[..., here, :], which)
+def shorter(call: Call, plan: Plan, which: int = 0) -> Tensor:
+    """An attention on the sequences that `plan` makes of its places. Raises Refused where heads share keys."""
+    query, key, value, here = call.query, call.key, call.value, call.at
+    if query.shape[:-2] != key.shape[:-2] or call.causal:
+        raise Refused("attention whose heads share keys, or that is causal, is not served: leave the method out")
+    queries, keys = plan(query[..., here, :], key[..., here, :], value[..., here, :], which)
 
-        def short(x: Tensor, side: Side | None) -> Tensor:
-            return x if side is None else _instead(x, side.down(x[..., here, :]), here)
+    def short(x: Tensor, side: Side | None) -> Tensor:
+        return x if side is None else _instead(x, side.down(x[..., here, :]), here)
 
-        mask = _thin(attn_mask, -1, keys, here, query.shape)
-        mask = _thin(mask, -2, queries, here, query.shape)
-        y = attend(short(query, queries), short(key, keys), short(value, keys), mask, dropout_p, **more)
-        if queries is None:
-            return y
-        cut = slice(start, start + queries.stay.shape[-1])
-        return _instead(y, queries.up(y[..., cut, :]), cut)
+    mask = _thin(call.mask, -1, keys, here, query.shape)
+    mask = _thin(mask, -2, queries, here, query.shape)
+    y = replace(call, query=short(query, queries), key=short(key, keys), value=short(value, keys), mask=mask).run()
+    if queries is None:
+        return y
+    cut = slice(here.start, here.start + queries.stay.shape[-1])
+    return _instead(y, queries.up(y[..., cut, :]), cut)
 
 
 def entered(patch: Patch, block: Block) -> list[Within]:

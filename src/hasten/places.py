@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.anatomy import JOINT, Block, Site, anatomy
+from hasten.anatomy import JOINT, Anatomy, Block, Site, anatomy
 from hasten.method import Refused
 from hasten.moment import now
 from hasten.patch import Patch
@@ -37,18 +37,22 @@ class Spot:
     rotary: bool
 
 
-def spots(model: nn.Module, label: str) -> list[Spot]:
+def spots(model: nn.Module, label: str, pictures: bool = False) -> list[Spot]:
     """Attentions among the picture's places, alone or together with words.
 
+    Args:
+        label: of the method that asks.
+        pictures: it works on pictures alone.
+
     Raises:
-        Refused: there are none, or where its tokens lie cannot be told.
+        Refused: there are none, or where its tokens lie cannot be told; or it attends to frames at once.
     """
-    name = type(model).__name__
+    name, parts = type(model).__name__, anatomy(model)
     if name.startswith(JOINT):
         raise Refused(f"{label} cannot tell words from places in the one stream of {name}: leave it out")
     found = [
         Spot(block, site, i, any("rotary" in p for p in inspect.signature(_code(site.module)).parameters))
-        for i, block in enumerate(b for chain in anatomy(model).chains for b in chain)
+        for i, block in enumerate(b for chain in parts.chains for b in chain)
         for site in block.attentions
         if site.kind in ("self", "joint")
     ]
@@ -63,16 +67,18 @@ def spots(model: nn.Module, label: str) -> list[Spot]:
                 f"{label} saves where attention costs tokens squared; that of {spot.site.name} is no softmax: leave "
                 "the method out"
             )
-    if anatomy(model).unet is None and getattr(getattr(model, "config", None), "patch_size", None) is None:
+    if parts.unet is None and getattr(getattr(model, "config", None), "patch_size", None) is None:
         raise Refused(f"{label} needs tokens in rows and columns, and {name} has no patches of a picture: leave it out")
+    if pictures and is_video(parts):
+        raise Refused(f"{label} works on pictures; {name} attends to all frames at once: take tokens.asymmetric")
     return found
 
 
-def is_video(model: nn.Module) -> bool:
+def is_video(parts: Anatomy) -> bool:
     """Its attention sees all frames at once, as that of video transformers; not where time is attended to apart."""
-    if (parts := anatomy(model)).unet is not None or parts.attentions("temporal"):
+    if parts.unet is not None or parts.attentions("temporal"):
         return False
-    return "3D" in type(model).__name__ or any(isinstance(m, nn.Conv3d) for m in model.modules())
+    return "3D" in type(parts.root).__name__ or any(isinstance(m, nn.Conv3d) for m in parts.root.modules())
 
 
 class Places:
@@ -83,10 +89,10 @@ class Places:
         self._model = model
         self._whole: Grid | None = None
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        unet = anatomy(model).unet
-        self._unet = unet is not None
-        attended = [s.name for s in anatomy(model).attentions("self", "joint")]
-        stages = () if unet is None else unet.down
+        parts = anatomy(model)
+        self._unet = parts.unet is not None
+        attended = [s.name for s in parts.attentions("self", "joint")]
+        stages = () if parts.unet is None else parts.unet.down
         self._finest = next((2**i for i, s in enumerate(stages) if any(a.startswith(s.name) for a in attended)), 1)
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
