@@ -30,6 +30,12 @@ OTHER = {
 }
 """Another resolution and batch, by family."""
 
+TWICE = {"flux", "wan", "wan22", "lumina2", "qwen", "hunyuan_video"}
+"""They ask for the branches one after the other."""
+
+TEXT = {n: torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(("cond", "uncond"))}
+"""A branch's words, for a bare U-Net."""
+
 
 @cache
 def built(name: str) -> tuple[Any, Tensor]:
@@ -121,6 +127,16 @@ def counted(module: nn.Module) -> Iterator[list[tuple[Moment, int]]]:
         yield seen
     finally:
         handle.remove()
+
+
+def prompted(branch: str) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What a bare U-Net is called with at each step: the state and time of the step, the words of the branch."""
+
+    def call(step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(step))
+        return (x, 900.0 - 100 * step), {"encoder_hidden_states": TEXT[branch]}
+
+    return call
 
 
 def driven(

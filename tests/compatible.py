@@ -1,7 +1,8 @@
-"""What a method does on a family, and two of them together: found by trying."""
+"""What a method does on a family, two of them together, and what is left behind: found by trying."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -61,6 +62,30 @@ def together(a: str, b: str, family: Family) -> dict[str, Any]:
         found = {"refused": str(refused)}
     found["restored"] = torch.equal(family.call(pipe), before)
     return found
+
+
+def fingerprint(pipe: Any) -> dict[str, Any]:
+    """Class, instance attributes and hooks of the pipeline, its scheduler and every module, and every weight's
+    bytes."""
+    looks: dict[str, Any] = {
+        "pipe": (type(pipe), set(vars(pipe))),
+        "scheduler": (pipe.scheduler, set(vars(pipe.scheduler))),
+    }
+    for part in ("unet", "transformer"):
+        net = getattr(pipe, part, None)
+        if net is None:
+            continue
+        for name, m in net.named_modules():
+            hooks = [len(getattr(m, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+            looks[f"{part}.{name}"] = (id(m), type(m), set(vars(m)), hooks, getattr(m, "processor", None))
+        for name, t in itertools.chain(net.named_parameters(), net.named_buffers()):
+            looks[f"{part}.{name}.data"] = (
+                id(t),
+                t.dtype,
+                t.stride(),
+                t.detach().clone().view(torch.uint8).numpy().tobytes(),
+            )
+    return looks
 
 
 def _off(x: torch.Tensor, before: torch.Tensor) -> float:

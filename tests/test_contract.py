@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hasten
+from compatible import SMALL, fingerprint
 from families import FAMILIES, Family
 from hasten import Recipe, moment, tree
 from hasten.method import Method, Refused, conflict
@@ -20,34 +21,8 @@ METHODS = tree.methods()
 CASES = [pytest.param(m, f, id=f"{m}-{f.name}") for m in METHODS for f in FAMILIES]
 
 
-def fingerprint(pipe: Any) -> dict[str, Any]:
-    """Class, instance attributes and hooks of the pipeline, its scheduler and every module, and every weight's
-    bytes."""
-    looks: dict[str, Any] = {
-        "pipe": (type(pipe), set(vars(pipe))),
-        "scheduler": (pipe.scheduler, set(vars(pipe.scheduler))),
-    }
-    for part in ("unet", "transformer"):
-        net = getattr(pipe, part, None)
-        if net is None:
-            continue
-        for name, m in net.named_modules():
-            hooks = [len(getattr(m, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
-            looks[f"{part}.{name}"] = (id(m), type(m), set(vars(m)), hooks, getattr(m, "processor", None))
-        for name, t in itertools.chain(net.named_parameters(), net.named_buffers()):
-            looks[f"{part}.{name}.data"] = (
-                id(t),
-                t.dtype,
-                t.stride(),
-                t.detach().clone().view(torch.uint8).numpy().tobytes(),
-            )
-    return looks
-
-
 def recipe(label: str, **settings: Any) -> Recipe:
-    if label == "quant.w8a8":
-        settings = {"smallest": 8} | settings  # the tiny networks have no layer of its default
-    return Recipe.from_dict({"methods": [{label: settings}]})
+    return Recipe.from_dict({"methods": [{label: SMALL.get(label, {}) | settings}]})
 
 
 def applied(pipe: Any, wanted: Recipe) -> hasten.Handle:

@@ -1,13 +1,15 @@
-"""The halves of a batch of two branches, the unconditional first, and what networks return."""
+"""Two branches, as halves of a batch, the unconditional first, or as two calls; and what networks return."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.method import Refused
+from hasten.moment import Moment
 
 CONTEXT = "encoder_hidden_states"
 """Under this name some networks of videos are given a row for every frame of every sample."""
@@ -63,6 +65,24 @@ def split(both: Tensor) -> tuple[Tensor, Tensor]:
     if len(both) % 2:
         raise Refused(f"a batch of {len(both)} rows has no two halves; guide in a pipeline of two branches")
     return both[: len(both) // 2], both[len(both) // 2 :]
+
+
+@dataclass
+class Conditional:
+    """What the conditional call gave, until the unconditional call of the same evaluation takes it."""
+
+    moment: Moment | None = None
+    out: Any = None
+
+    def keep(self, here: Moment, out: Any) -> None:
+        self.moment, self.out = here, out
+
+    def take(self, here: Moment) -> Any:
+        """What was kept at this evaluation, once; else None."""
+        if here.since(self.moment) != 0:
+            return None
+        out, self.moment, self.out = self.out, None, None
+        return out
 
 
 def said(out: Any) -> Tensor:

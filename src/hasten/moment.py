@@ -43,6 +43,11 @@ class Moment:
     sign: float = 1.0
     ahead: tuple[float, ...] = ()
 
+    def since(self, then: Moment | None) -> int:
+        """Evaluations of this trajectory from `then` to here, 0 in the very same one; -1 where there is no `then` or it
+        is another trajectory's."""
+        return self.step - then.step if then is not None and then.run == self.run else -1
+
 
 _NOW: ContextVar[Moment] = ContextVar("hasten_moment")
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from caches import ALL, Broken, breaking, built, comes_clean, counted, driven, neutral, on
+from caches import ALL, TEXT, TWICE, Broken, breaking, built, comes_clean, counted, driven, neutral, on, prompted
 from families import _unet
 from hasten import moment
 from hasten.anatomy import anatomy
@@ -20,20 +20,8 @@ from hasten.cache.broadcast import Broadcast
 from hasten.method import Refused
 from hasten.moment import Moment
 
-TWICE = {"flux", "wan", "wan22", "lumina2", "qwen", "hunyuan_video"}
-"""They ask for the branches one after the other."""
-
 KINDS = {"self": "spatial", "temporal": "temporal", "cross": "cross", "joint": "joint"}
-TEXT = {n: torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(("cond", "uncond"))}
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
-
-
-def call(branch: str) -> Any:
-    def given(step: int) -> Any:
-        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(step))
-        return (x, 900.0 - 100 * step), {"encoder_hidden_states": TEXT[branch]}
-
-    return given
 
 
 @contextmanager
@@ -120,13 +108,13 @@ def test_branches_runs_forms_and_broken_forwards_are_kept_apart() -> None:
         with torch.no_grad(), moment.at(Moment(step, 8, 0.5, run, "cond")):
             return net(x, 500.0, encoder_hidden_states=TEXT["cond"][: len(x)]).sample
 
-    (x,), (y,) = (call("cond")(i)[0][:1] for i in (1, 2))
+    (x,), (y,) = (prompted("cond")(i)[0][:1] for i in (1, 2))
     wide, plain = said(x[:, :, :, :8], 0, 0), said(y, 0, 0)
     with method.apply(net) as patch:
-        together = driven(net, {b: call(b) for b in TEXT}, 6, 1)
+        together = driven(net, {b: prompted(b) for b in TEXT}, 6, 1)
         assert patch.tally["reused"] == 2 * patch.tally["ran"]  # at 1, 2, 3 and 5 of 6
         for run, branch in enumerate(TEXT, 2):
-            assert all(map(torch.equal, together[branch], driven(net, {branch: call(branch)}, 6, run)[branch]))
+            assert all(map(torch.equal, together[branch], driven(net, {branch: prompted(branch)}, 6, run)[branch]))
         said(x, 0, 5)
         assert not torch.equal(said(y, 1, 5), plain)
         assert torch.equal(said(x[:, :, :, :8], 2, 5), wide)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caches import ALL, Broken, breaking, built, comes_clean, counted, driven, neutral, on
+from caches import ALL, TEXT, TWICE, Broken, breaking, built, comes_clean, counted, driven, neutral, on, prompted
 from families import _unet
 from hasten import moment
 from hasten.anatomy import anatomy
@@ -19,21 +19,9 @@ from hasten.cache.faster import Faster, carried, low_frequencies
 from hasten.halves import instead, said
 from hasten.moment import Moment
 
-TWICE = {"flux", "wan", "wan22", "lumina2", "qwen", "hunyuan_video"}
-"""They ask for the branches one after the other."""
-
 PACKED = {"flux", "qwen", "ltx", "stable_audio"}
 STEPS = 6
-TEXT = {n: torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(("cond", "uncond"))}
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
-
-
-def call(branch: str) -> Any:
-    def given(step: int) -> Any:
-        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(step))
-        return (x, 900.0 - 100 * step), {"encoder_hidden_states": TEXT[branch]}
-
-    return given
 
 
 def spectra(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,12 +187,12 @@ def test_branches_runs_forms_and_broken_forwards_are_kept_apart() -> None:
         with torch.no_grad(), moment.at(Moment(step, 8, 0.5, run, branch)):
             return net(x, 500.0, encoder_hidden_states=TEXT["cond"][: len(x)]).sample
 
-    x, y = (call("cond")(i)[0][0] for i in (1, 2))
+    x, y = (prompted("cond")(i)[0][0] for i in (1, 2))
     narrow, plain = at("cond", x[:, :, :, :8], 0, 0), at("cond", y, 0, 0)
     with method.apply(net) as patch:
-        together = driven(net, {b: call(b) for b in TEXT}, 6, 1)
+        together = driven(net, {b: prompted(b) for b in TEXT}, 6, 1)
         assert patch.tally["spared"] == 4
-        alone = driven(net, {"cond": call("cond")}, 6, 2)
+        alone = driven(net, {"cond": prompted("cond")}, 6, 2)
         assert all(map(torch.equal, together["cond"], alone["cond"]))
         at("cond", x, 0, 5), at("uncond", x, 0, 5)
         assert not torch.equal(at("cond", y, 1, 5), plain)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caches import ALL, Broken, breaking, built, comes_clean, counted, driven, neutral, on
+from caches import ALL, TEXT, TWICE, Broken, breaking, built, comes_clean, counted, driven, neutral, on, prompted
 from digits import written_digits
 from digits_unet import drawn, labels, trained
 from families import _unet
@@ -24,20 +24,12 @@ from hasten.moment import Moment
 SERVED = {
     "sd", "sdxl", "pixart", "wan", "sana", "hunyuandit", "wan22", "ltx", "svd", "stable_audio", "animatediff", "latte",
 }  # fmt: skip
-TWICE = {"wan", "wan22"}
-"""They ask for the branches one after the other."""
-
 STEPS = 6
-TEXT = {n: torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(("uncond", "cond"))}
 pytestmark = [pytest.mark.system("tgate"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
 
 
 def state(step: int) -> Tensor:
     return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(step))
-
-
-def one(branch: str) -> Callable[[int], Any]:
-    return lambda step: ((state(step), 900.0 - 100 * step), {"encoder_hidden_states": TEXT[branch]})
 
 
 def both(step: int) -> Any:
@@ -69,12 +61,12 @@ def slowly(net: Any, m: int) -> list[Tensor]:
             answers = []
             for branch in ("uncond", "cond"):
                 with hooked(net, lambda name, out, outs=outs: outs.setdefault(name, []).append(out)):
-                    args, kwargs = one(branch)(step)
+                    args, kwargs = prompted(branch)(step)
                     answers.append(net(*args, **kwargs).sample)
             means = {name: (u + c) / 2 for name, (u, c) in outs.items()}
         else:
             with hooked(net, lambda name, _, means=means: means[name]):
-                args, kwargs = one("cond")(step)
+                args, kwargs = prompted("cond")(step)
                 answers = [net(*args, **kwargs).sample] * 2
         said.append(torch.cat(answers))
     return said
@@ -92,7 +84,7 @@ def test_after_the_gate_is_the_slow_reference(m: int) -> None:
     with TGate(gate=m / STEPS).apply(net) as patch:
         batched = driven(net, {"both": both}, STEPS, 1)["both"]
         assert patch.tally["halved"] == STEPS - m
-        turns = driven(net, {"cond": one("cond"), "uncond": one("uncond")}, STEPS, 2)
+        turns = driven(net, {"cond": prompted("cond"), "uncond": prompted("uncond")}, STEPS, 2)
         assert patch.tally["spared"] == STEPS - m
     for step in range(STEPS):
         assert (batched[step] - want[step]).abs().max() <= 1e-5 * want[step].abs().max()
@@ -130,11 +122,11 @@ def test_without_guidance_the_one_branch_keeps_its_own() -> None:
     kept: dict[str, Tensor] = {}
     with torch.no_grad():
         with hooked(net, lambda name, out: kept.__setitem__(name, out)):
-            net(*one("cond")(2)[0], encoder_hidden_states=TEXT["cond"])
+            net(*prompted("cond")(2)[0], encoder_hidden_states=TEXT["cond"])
         with hooked(net, lambda name, _: kept[name]):
-            want = net(*one("cond")(3)[0], encoder_hidden_states=TEXT["cond"]).sample
+            want = net(*prompted("cond")(3)[0], encoder_hidden_states=TEXT["cond"]).sample
     with TGate(gate=0.5).apply(net):
-        assert torch.equal(driven(net, {"cond": one("cond")}, STEPS, 1)["cond"][3], want)
+        assert torch.equal(driven(net, {"cond": prompted("cond")}, STEPS, 1)["cond"][3], want)
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart", "wan"])
@@ -159,7 +151,7 @@ def test_a_self_attention_that_does_not_run_gives_its_last_output() -> None:
         m.register_forward_hook(lambda _m, _a, out, n=n: given.setdefault(n, []).append(out)) for n, m in sites.items()
     ]
     with TGate(gate=1.0, warm=0, every=2).apply(net):
-        driven(net, {"cond": one("cond")}, 4, 1)
+        driven(net, {"cond": prompted("cond")}, 4, 1)
     for handle in handles:
         handle.remove()
     for outs in given.values():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hasten
+from compatible import fingerprint
 from families import FAMILIES, Family
 from hasten import Recipe, moment
 from hasten.bridge.drawing import latents
@@ -20,7 +21,6 @@ from hasten.fit.reuse import CannotPlan, Probe, plan
 from hasten.halves import said
 from hasten.moment import Moment
 from pipelines import PIPELINES
-from test_contract import fingerprint
 
 NAMED = {f.name: f for f in PIPELINES}
 NONE = Recipe.from_dict({})

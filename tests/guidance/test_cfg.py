@@ -13,11 +13,10 @@ from hasten.denoiser import denoiser
 from hasten.grid import at, build
 from hasten.grids.uniform import uniform
 from hasten.guidance.cfg import cfg
-from hasten.guidance.counted import Counted
 from hasten.paths.flow import Flow
 from hasten.reference.laws import Gaussian
 from hasten.solvers.ddim import ddim
-from hasten.solvers.drive import solve
+from hasten.solvers.drive import Counted, solve
 
 GRID = at(Flow(), [0.8, 0.5, 0.1])
 

@@ -25,6 +25,7 @@ from hasten.guidance.cfg import cfg
 from hasten.guidance.cfg_pp import cfg_pp
 from hasten.guidance.rescale import Rescale, rescale
 from hasten.guidance.zero_star import zero_star
+from hasten.halves import Conditional
 from hasten.method import Refused
 from hasten.moment import Moment
 from hasten.paths.flow import Flow
@@ -286,6 +287,16 @@ def test_two_calls_are_solved_for_the_second_answer_and_never_for_one_of_another
     assert torch.equal(later, p.eps - p.x0)  # its conditional call was never made
     assert torch.allclose(u + 4.0 * (c - u), want.eps - want.x0, atol=1e-12)
     assert not torch.equal(c, u)
+
+
+def test_a_conditional_answer_is_given_once_and_at_its_own_evaluation_alone() -> None:
+    kept, here = Conditional(), Moment(step=2, run=1)
+    assert kept.take(here) is None
+    kept.keep(here, "said")
+    for other in (Moment(step=2, run=2), Moment(step=1, run=1), Moment(step=3, run=1)):
+        assert kept.take(other) is None
+    assert kept.take(replace(here, branch="uncond")) == "said"
+    assert kept.take(here) is None
 
 
 def test_what_cannot_be_guided_is_refused_in_a_sentence() -> None:

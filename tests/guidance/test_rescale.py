@@ -9,9 +9,8 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor
 
-from hasten.denoiser import Prediction, Target
+from hasten.denoiser import Prediction, Target, said
 from hasten.grid import at
-from hasten.guidance.inside import told
 from hasten.guidance.rescale import rescale
 from hasten.paths.preserving import Preserving
 from hasten.reference.laws import Mixture
@@ -28,9 +27,9 @@ def state() -> Tensor:
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_it_is_the_papers_formula_on_what_the_network_says(phi: float, target: Target) -> None:
     for node in NODES:
-        c, u = told(target, COND(state(), node), node), told(target, UNCOND(state(), node), node)
+        c, u = said(target, COND(state(), node), node), said(target, UNCOND(state(), node), node)
         g = u + 6.0 * (c - u)
-        got = told(target, rescale(COND, UNCOND, scale=6.0, phi=phi, target=target)(state(), node), node)
+        got = said(target, rescale(COND, UNCOND, scale=6.0, phi=phi, target=target)(state(), node), node)
         assert torch.allclose(got, rescale_noise_cfg(g, c, phi), rtol=1e-8, atol=1e-9)
         if phi == 1:
             assert torch.allclose(got.std((1, 2)), c.std((1, 2)), rtol=1e-8)
@@ -39,9 +38,9 @@ def test_it_is_the_papers_formula_on_what_the_network_says(phi: float, target: T
 
 @pytest.mark.parametrize("target", get_args(Target))
 def test_what_a_network_says_is_read_back_as_it_was(target: Target) -> None:
-    """`told` is the inverse of reading, for every target."""
+    """`said` is the inverse of reading, for every target."""
     for node in NODES:
         p = COND(state(), node)
-        read = Prediction.of(target, told(target, p, node), p.x, node)
+        read = Prediction.of(target, said(target, p, node), p.x, node)
         assert torch.allclose(read.x0, p.x0, rtol=1e-8, atol=1e-9)
-        assert torch.allclose(told(target, read, node), told(target, p, node), rtol=1e-8, atol=1e-9)
+        assert torch.allclose(said(target, read, node), said(target, p, node), rtol=1e-8, atol=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,11 @@ from torch import Tensor
 from hasten import tree
 from hasten.denoiser import Denoiser, Prediction
 from hasten.grid import at
-from hasten.guidance import counted
 from hasten.guidance.apg import apg
 from hasten.guidance.autoguidance import autoguidance
 from hasten.guidance.cfg import cfg
 from hasten.guidance.cfg_pp import cfg_pp
 from hasten.guidance.classifier import classifier
-from hasten.guidance.counted import Counted
 from hasten.guidance.energy import energy
 from hasten.guidance.perturbed import perturbed
 from hasten.guidance.rescale import rescale
@@ -28,6 +25,7 @@ from hasten.paths.edm import EDM
 from hasten.paths.flow import Flow
 from hasten.paths.preserving import Preserving
 from hasten.reference.laws import Gaussian, Mixture
+from hasten.solvers.drive import Counted
 
 PATHS = [Flow(), EDM(), Preserving()]
 TIMES = [1.0, 0.8, 0.5, 0.1]
@@ -142,7 +140,3 @@ def test_a_learned_variance_passes_through() -> None:
     for name in set(CASES) - {"zero_star", "zero_star of two zeros"}:  # which ask no network there
         spread = CASES[name][0](with_spread, with_spread)(state(), node).spread
         assert spread is not None and bool((spread == 0.3).all()), name
-
-
-def test_the_example_runs() -> None:
-    assert doctest.testmod(counted).failed == 0

@@ -25,12 +25,7 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1
         NotFinite: a picture holds NaN or infinity.
         ValueError: the pipeline gives no pictures.
     """
-    known = inspect.signature(type(pipe).__call__).parameters
-    for i in range(0, len(prompts), batch):
-        rngs = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        words = list(prompts[i : i + batch])
-        what = {"prompt": words} if "prompt" in known else {"batch_size": len(words)} if "batch_size" in known else {}
-        out = pipe(generator=rngs, output_type="pt", **what, **call)
+    for out in _batches(pipe, prompts, seeds, batch, output_type="pt", **call):
         pictures = getattr(out, "frames", getattr(out, "images", None))
         if pictures is None:
             raise ValueError(f"{type(pipe).__name__} gives no pictures, which is what hasten measures")
@@ -45,18 +40,23 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 1
 def latents(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **call: Any) -> Tensor:
     """What the pipeline ends with before it is decoded, [N, ...] float32 on the CPU; row i is of prompts[i] from
     seeds[i]. Raises NotFinite where it holds NaN or infinity."""
-    known = inspect.signature(type(pipe).__call__).parameters
     made = []
-    for i in range(0, len(prompts), batch):
-        rngs = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        words = list(prompts[i : i + batch])
-        what = {"prompt": words} if "prompt" in known and "prompt_embeds" not in call else {}
-        out = pipe(generator=rngs, output_type="latent", **what, **call)
+    for out in _batches(pipe, prompts, seeds, batch, output_type="latent", **call):
         kind = next(k for k in ("frames", "images", "audios") if hasattr(out, k))
         made.append(getattr(out, kind).float().cpu())
         if not bool(made[-1].isfinite().all()):
             raise NotFinite("the latents hold NaN or infinity")
     return torch.cat(made)
+
+
+def _batches(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch: int, **call: Any) -> Iterator[Any]:
+    """What the pipeline returns of each batch."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for i in range(0, len(prompts), batch):
+        rngs = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        words = list(prompts[i : i + batch])
+        what = {"prompt": words} if "prompt" in known else {"batch_size": len(words)} if "batch_size" in known else {}
+        yield pipe(generator=rngs, **({} if "prompt_embeds" in call else what), **call)
 
 
 def twin(pipe: Any) -> Any:

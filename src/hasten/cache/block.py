@@ -140,8 +140,7 @@ def measure(model: nn.Module) -> tuple[Patch, Measured]:
 
                 def taken(fresh: Kept, before: Kept | None, name: str = unit.name) -> None:
                     here = fresh.moment
-                    follows = before is not None and before.usable(here) and before.moment.step + 1 == here.step
-                    if before is not None and follows and before.alike(fresh):
+                    if before is not None and here.since(before.moment) == 1 and before.alike(fresh):
                         run = found.runs.setdefault((here.run, here.branch), {})
                         run.setdefault(name, {})[here.step] = change(fresh.x, before.x)
 

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hasten.anatomy import anatomy
-from hasten.cache.hold import first_tensor
-from hasten.halves import CONTEXT, context
+from hasten.cache.hold import Form, first_tensor, form
+from hasten.halves import CONTEXT, batch, context
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -68,10 +68,10 @@ class Encoder(Method):
 
     def _network(self, patch: Patch, state: _State) -> Callable[..., Any]:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            here, form = now(), _form(args, kwargs)
+            here, x = now(), first_tensor(args, kwargs)
             kept = state.kept.get(here.branch)
-            if kept is None or not kept.usable(here, form) or self._key(here):
-                return state.encode(here, form, lambda: forward(*args, **kwargs))
+            if kept is None or not kept.usable(here, x) or self._key(here):
+                return state.encode(here, x, lambda: forward(*args, **kwargs))
             if (out := kept.planned(here, args, kwargs)) is not None:
                 patch.tally["spared"] += 1
                 return out
@@ -80,7 +80,7 @@ class Encoder(Method):
             if stacked is None:
                 return state.decode(kept, 1, lambda: forward(*args, **kwargs))
             out = state.decode(kept, times, lambda: forward(*stacked[0], **stacked[1]))
-            rows = form[0][0]
+            rows = batch(args, kwargs)
             kept.plan = {
                 here.step + i: (here.ahead[i], _rows(out, i * rows, rows, times * rows)) for i in range(1, times)
             }
@@ -107,9 +107,6 @@ def early(steps: int) -> frozenset[int]:
     return frozenset(k * steps // 50 for k in EARLY)
 
 
-Form = tuple[torch.Size, torch.dtype]
-
-
 @dataclass
 class _Encoded:
     """What the encoder gave at a key step, and what the decoder was asked of it beforehand.
@@ -128,9 +125,9 @@ class _Encoded:
     asked: list[Any] = field(default_factory=list)
     alone: bool = False
 
-    def usable(self, here: Moment, form: Form) -> bool:
+    def usable(self, here: Moment, x: Tensor | None) -> bool:
         """Taken earlier in this very trajectory, for an input of the same form."""
-        return self.moment.run == here.run and self.moment.step < here.step and self.form == form
+        return here.since(self.moment) > 0 and self.form == form(x)
 
     def planned(self, here: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output computed for this step; None where there is none or what is asked is something else."""
@@ -154,9 +151,9 @@ class _State:
     giving: _Encoded | None = None
     times: int = 1
 
-    def encode(self, here: Moment, form: Form, call: Callable[[], Any]) -> Any:
+    def encode(self, here: Moment, x: Tensor | None, call: Callable[[], Any]) -> Any:
         self.kept.pop(here.branch, None)  # where the call raises, nothing is left
-        self.into = _Encoded(here, form)
+        self.into = _Encoded(here, form(x))
         try:
             out = call()
             self.kept[here.branch] = self.into
@@ -203,12 +200,6 @@ def _rows(value: Any, start: int, count: int, size: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_rows(v, start, count, size) for v in value)
     return value
-
-
-def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    x = first_tensor(args, kwargs)
-    assert x is not None  # a denoiser is given a state
-    return x.shape, x.dtype
 
 
 def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

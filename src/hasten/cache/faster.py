@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hasten import moment
 from hasten.anatomy import anatomy
-from hasten.cache.hold import first_tensor
-from hasten.halves import batch, half, instead, said, split
+from hasten.cache.hold import Form, first_tensor, form
+from hasten.halves import Conditional, batch, half, instead, said, split
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -87,7 +87,7 @@ class Faster(Method):
             here, x = now(), first_tensor(args, kwargs)
             line, since = lines.get(here.branch), here.step - self.first(here.steps)
             between = since > 0 and since % self.every != 0 and (self.full == 1 or not self.whole(here))
-            if between and line is not None and line.usable(here, _form(x)):
+            if between and line is not None and line.usable(here, x):
                 patch.tally["reused"] += 1
                 return carried(line.last, line.before, self.weight(here))
             patch.tally["ran"] += 1
@@ -96,9 +96,9 @@ class Faster(Method):
             if here.branch == "both":  # for steps at which the conditional rows run alone
                 views["cond"] = _second(x), _second(out)
             for branch, (given, gave) in views.items():
-                old, form = lines.get(branch), _form(given)
-                before = old.last if old is not None and old.usable(here, form) else None
-                lines[branch] = _Line(here, form, gave, before)
+                old = lines.get(branch)
+                before = old.last if old is not None and old.usable(here, given) else None
+                lines[branch] = _Line(here, form(given), gave, before)
             return out
 
         return around
@@ -109,7 +109,7 @@ class Faster(Method):
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             here, x = now(), first_tensor(args, kwargs)
             if here.branch == "both":
-                thin = not self.whole(here) and state.usable(here, _form(_second(x)))
+                thin = not self.whole(here) and state.usable(here, _second(x))
                 if thin:
                     patch.tally["halved"] += 1
                     size = batch(args, kwargs)
@@ -119,27 +119,24 @@ class Faster(Method):
                     return instead(out, torch.cat([state.rebuilt(c, *self.weights(here)), c]))
                 state.at = None  # where the call raises, nothing is left
                 out = forward(*args, **kwargs)
-                state.keep(here, _form(_second(x)), *split(said(out)))
+                state.keep(here, _second(x), *split(said(out)))
                 return out
-            cond, state.cond = state.cond, None
-            if here.branch == "uncond" and cond is not None and (cond[0].run, cond[0].step) == (here.run, here.step):
-                c = said(cond[1])
-                if not self.whole(here) and state.usable(here, _form(x)):
+            cond = state.cond.take(here)
+            if here.branch == "uncond" and cond is not None:
+                c = said(cond)
+                if not self.whole(here) and state.usable(here, x):
                     patch.tally["spared"] += 1
-                    return instead(cond[1], state.rebuilt(c, *self.weights(here)))
+                    return instead(cond, state.rebuilt(c, *self.weights(here)))
                 state.at = None
                 out = forward(*args, **kwargs)
-                state.keep(here, _form(x), said(out), c)
+                state.keep(here, x, said(out), c)
                 return out
             out = forward(*args, **kwargs)
             if here.branch == "cond":
-                state.cond = here, out
+                state.cond.keep(here, out)
             return out
 
         return around
-
-
-Form = tuple[torch.Size, torch.dtype] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +148,9 @@ class _Line:
     last: Any
     before: Any
 
-    def usable(self, here: Moment, form: Form) -> bool:
+    def usable(self, here: Moment, x: Tensor | None) -> bool:
         """Taken earlier in this very trajectory, for an input of the same form."""
-        return self.moment.run == here.run and self.moment.step < here.step and self.form == form
+        return here.since(self.moment) > 0 and self.form == form(x)
 
 
 @dataclass
@@ -164,24 +161,24 @@ class _Guidance:
         at: that step.
         form: of one branch's state.
         difference, low: u - c, and its low frequencies.
-        cond: the conditional answer, kept until the unconditional call of the same step.
+        cond: the conditional answer, where the branches are two calls.
     """
 
     at: Moment | None = None
     form: Form = None
     difference: Tensor | None = None
     low: Tensor | None = None
-    cond: tuple[Moment, Any] | None = None
+    cond: Conditional = field(default_factory=Conditional)
 
-    def usable(self, here: Moment, form: Form) -> bool:
+    def usable(self, here: Moment, x: Tensor | None) -> bool:
         """Taken earlier in this very trajectory, for a state of the same form."""
-        return self.at is not None and self.at.run == here.run and self.at.step < here.step and self.form == form
+        return here.since(self.at) > 0 and self.form == form(x)
 
-    def keep(self, here: Moment, form: Form, u: Tensor, c: Tensor) -> None:
+    def keep(self, here: Moment, x: Tensor | None, u: Tensor, c: Tensor) -> None:
         if c.ndim < 4:
             return  # packed tokens, or waves
         self.difference = u.float() - c.float()
-        self.at, self.form, self.low = here, form, low_frequencies(self.difference)
+        self.at, self.form, self.low = here, form(x), low_frequencies(self.difference)
 
     def rebuilt(self, c: Tensor, low: float, high: float) -> Tensor:
         assert self.difference is not None  # where it is usable
@@ -210,10 +207,6 @@ def carried(last: Any, before: Any, weight: float) -> Any:
     if isinstance(last, list | tuple):
         return type(last)(carried(a, b, weight) for a, b in zip(last, before, strict=True))
     return last
-
-
-def _form(x: Tensor | None) -> Form:
-    return None if x is None else (x.shape, x.dtype)
 
 
 def _second(value: Any) -> Any:

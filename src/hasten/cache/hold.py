@@ -16,27 +16,32 @@ from hasten.patch import Patch
 Decide = Callable[[Moment], bool]
 """Whether what was kept may be given again at this moment."""
 
+Form = tuple[torch.Size, torch.dtype] | None
+"""Shape and dtype of a tensor, None where there is none."""
+
+
+def form(x: Tensor | None) -> Form:
+    """What an input must have in common with the one that something was kept for."""
+    return None if x is None else (x.shape, x.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a module returned, and for which input shape and dtype, when."""
+    """What a module returned, and for which form of input, when."""
 
     moment: Moment
-    shape: torch.Size | None
-    dtype: torch.dtype | None
+    form: Form
     out: Any
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, here: Moment, x: Tensor | None, out: Any) -> Held:
         """`out`, which a module returned for `x`."""
-        return cls(here, _shape(x), None if x is None else x.dtype, out, _versions(out))
+        return cls(here, form(x), out, _versions(out))
 
     def usable(self, here: Moment, x: Tensor | None) -> bool:
         """Taken earlier in this very trajectory, on the same branch, for an input of the same form."""
-        then = self.moment
-        same_run = then.run == here.run and then.branch == here.branch and then.step < here.step
-        return same_run and self.shape == _shape(x) and self.dtype == (None if x is None else x.dtype)
+        return here.since(self.moment) > 0 and self.moment.branch == here.branch and self.form == form(x)
 
 
 def hold(patch: Patch, module: nn.Module, decide: Decide, weight: int = 1) -> None:
@@ -84,7 +89,3 @@ def _versions(out: Any) -> tuple[int, ...]:
         return () if out.is_inference() else (out._version,)
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, list | tuple) else ()
     return tuple(v for part in parts for v in _versions(part))
-
-
-def _shape(x: Tensor | None) -> torch.Size | None:
-    return None if x is None else x.shape

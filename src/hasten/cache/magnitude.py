@@ -116,7 +116,7 @@ class Meter:
     def taken(self, fresh: Kept, before: Kept | None) -> None:
         """Told of a chain's residual and the one before it."""
         here = fresh.moment
-        if here.branch in self.done or before is None or not (_follows(before.moment, here) and before.alike(fresh)):
+        if here.branch in self.done or before is None or here.since(before.moment) != 1 or not before.alike(fresh):
             return
         run, found = self.going.get(here.branch, (here.run, {}))
         found = found if run == here.run else {}
@@ -126,10 +126,6 @@ class Meter:
         if here.step == here.steps - 1 and all(len(found.get(s, ())) == self.chains for s in steps):
             self.done[here.branch] = tuple(sum(found[s]) / self.chains for s in steps)
             self.tally["measured"] += 1
-
-
-def _follows(before: Moment, here: Moment) -> bool:
-    return before.run == here.run and before.step + 1 == here.step
 
 
 def mean(measured: Sequence[Sequence[float]]) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ class Kept:
 
     def usable(self, here: Moment) -> bool:
         """Taken earlier in this very trajectory, on the same branch."""
-        return self.moment.run == here.run and self.moment.branch == here.branch and self.moment.step < here.step
+        return here.since(self.moment) > 0 and self.moment.branch == here.branch
 
     def alike(self, other: Kept) -> bool:
         """Of the same form: what is made of both has a meaning."""

@@ -75,8 +75,7 @@ class _Judge:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             here = now()
             last = self.accounts.get(here.branch)
-            asked = last is not None and (last.moment.run, last.moment.step) == (here.run, here.step)
-            if last is None or not asked or last.block is block:
+            if last is None or here.since(last.moment) != 0 or last.block is block:
                 self.accounts[here.branch] = self._judged(last, here, block, modulated(block, args, kwargs))
             return forward(*args, **kwargs)
 
@@ -87,7 +86,7 @@ class _Judge:
 
     def _judged(self, last: _Account | None, here: Moment, block: Block, entered: Tensor) -> _Account:
         new = _Account(here, block, entered)
-        if last is None or here.step == 0 or last.moment.run != here.run or last.entered.shape != entered.shape:
+        if last is None or here.step == 0 or here.since(last.moment) < 0 or last.entered.shape != entered.shape:
             return new
         new.total = last.total + rescaled(change(entered, last.entered), self.coefficients)
         new.spare = new.total < self.threshold and here.step < here.steps - 1
@@ -173,7 +172,7 @@ def record(model: nn.Module) -> tuple[Patch, list[tuple[float, float]]]:
         if first is None:  # no block ran
             return out
         new, old = (here, first[1], said(out).detach().clone()), before.get(here.branch)
-        if old is not None and (old[0].run, old[0].step + 1) == (here.run, here.step) and old[1].shape == new[1].shape:
+        if old is not None and here.since(old[0]) == 1 and old[1].shape == new[1].shape:
             pairs.append((change(new[1], old[1]), change(new[2], old[2])))
         before[here.branch] = new
         return out

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from hasten import moment
 from hasten.anatomy import anatomy
-from hasten.cache.hold import first_tensor, hold
-from hasten.halves import batch, doubled, half, split
+from hasten.cache.hold import Form, first_tensor, form, hold
+from hasten.halves import Conditional, batch, doubled, half, split
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -69,31 +68,31 @@ class TGate(Method):
         return planning and here.step > self.warm and here.step % self.every != 0
 
     def _network(self, patch: Patch, state: _Gate) -> Callable[..., Any]:
+        cond = Conditional()
+
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             here = now()
             if here.branch == "other":
                 return forward(*args, **kwargs)
-            form = _form(here, args, kwargs)
-            if not state.shut(here, form):
+            size, x = batch(args, kwargs), first_tensor(args, kwargs)
+            x = half(x, size) if here.branch == "both" else x
+            if not state.shut(here, x):
                 if here.step < self.last(here.steps):
                     return forward(*args, **kwargs)
-                return state.keep(here, form, lambda: forward(*args, **kwargs))
+                return state.keep(here, x, lambda: forward(*args, **kwargs))
             if here.branch == "both":
                 patch.tally["halved"] += 1
-                size = batch(args, kwargs)
                 with moment.at(replace(here, branch="cond")):
                     return doubled(state.give(lambda: forward(*half(args, size), **half(kwargs, size))))
-            if here.branch == "uncond" and (answer := state.answered(here)) is not None:
+            if here.branch == "uncond" and (out := cond.take(here)) is not None:
                 patch.tally["spared"] += 1
-                return answer[0]
+                return out
             out = state.give(lambda: forward(*args, **kwargs))
-            state.answer = (here, out) if here.branch == "cond" else None
+            if here.branch == "cond":
+                cond.keep(here, out)
             return out
 
         return around
-
-
-Form = tuple[torch.Size, torch.dtype]
 
 
 @dataclass
@@ -104,22 +103,20 @@ class _Gate:
         at: the evaluation that it is from.
         branches: those that it is from.
         form: of one branch's state.
-        answer: the conditional answer, kept until the unconditional call of the same step.
     """
 
     at: Moment | None = None
     branches: tuple[str, ...] = ()
-    form: Form | None = None
+    form: Form = None
     outs: dict[str, Tensor] = field(default_factory=dict)
     mode: Literal["run", "keep", "give"] = "run"
-    answer: tuple[Moment, Any] | None = None
 
-    def shut(self, here: Moment, form: Form) -> bool:
+    def shut(self, here: Moment, x: Tensor | None) -> bool:
         """Kept earlier in this very trajectory, for a state of the same form."""
-        return self.at is not None and self.at.run == here.run and self.at.step < here.step and self.form == form
+        return here.since(self.at) > 0 and self.form == form(x)
 
-    def keep(self, here: Moment, form: Form, call: Callable[[], Any]) -> Any:
-        again = self.at is not None and (self.at.run, self.at.step) == (here.run, here.step) and self.form == form
+    def keep(self, here: Moment, x: Tensor | None, call: Callable[[], Any]) -> Any:
+        again = here.since(self.at) == 0 and self.form == form(x)
         if not again or here.branch in self.branches or "both" in self.branches:
             self.outs, self.branches = {}, ()
         self.at, self.mode = None, "keep"  # where the call raises, nothing is left
@@ -127,22 +124,15 @@ class _Gate:
             out = call()
         finally:
             self.mode = "run"
-        self.at, self.form, self.branches = here, form, (*self.branches, here.branch)
+        self.at, self.form, self.branches = here, form(x), (*self.branches, here.branch)
         return out
 
     def give(self, call: Callable[[], Any]) -> Any:
-        self.mode, self.answer = "give", None
+        self.mode = "give"
         try:
             return call()
         finally:
             self.mode = "run"
-
-    def answered(self, here: Moment) -> tuple[Any] | None:
-        """The answer of this step's conditional call, once."""
-        held, self.answer = self.answer, None
-        if held is None or (held[0].run, held[0].step) != (here.run, here.step):
-            return None
-        return (held[1],)
 
 
 def _attention(patch: Patch, state: _Gate, name: str) -> Callable[..., Any]:
@@ -162,11 +152,3 @@ def _attention(patch: Patch, state: _Gate, name: str) -> Callable[..., Any]:
         return out
 
     return around
-
-
-def _form(here: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """Shape and dtype of one branch's state."""
-    x = first_tensor(args, kwargs)
-    assert x is not None  # a denoiser is given a state
-    rows = len(x) // 2 if here.branch == "both" else len(x)
-    return torch.Size((rows, *x.shape[1:])), x.dtype

@@ -17,7 +17,7 @@ from hasten.bridge.pipelines import put
 from hasten.cache.planned import Planned, reused
 from hasten.denoiser import Prediction
 from hasten.fit.shortest import shortest
-from hasten.halves import said, split
+from hasten.halves import Conditional, said, split
 from hasten.method import Method, Part, Stage, conflict
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -66,10 +66,9 @@ class Probe(Method):
     _steps: list[int] = PrivateAttr(default_factory=list)
 
     def apply(self, model: nn.Module) -> Patch:
-        cond: tuple[int, Tensor, dict[int, Tensor]] | None = None
+        cond = Conditional()
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal cond
             here = now()
 
             def run(step: int) -> Any:
@@ -83,10 +82,10 @@ class Probe(Method):
             self._steps.append(here.steps)
             match here.branch:
                 case "cond" if here.scale is not None and here.scale > 1:
-                    cond = here.step, out, off  # told with the unconditional answer, which comes next
+                    cond.keep(here, off)  # told with the unconditional answer, which comes next
                     return answer
-                case "uncond" if cond is not None and cond[0] == here.step:
-                    off = {i: _guided(e, cond[2][i], here) for i, e in off.items() if i in cond[2]}
+                case "uncond" if (first := cond.take(here)) is not None:
+                    off = {i: _guided(e, first[i], here) for i, e in off.items() if i in first}
                 case "both":
                     off = {i: _guided(*split(e), here) for i, e in off.items()}
             if here.branch != "other":

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.denoiser import Prediction, Target
+from hasten import denoiser
+from hasten.denoiser import Prediction
 from hasten.grid import Node
-from hasten.halves import instead, said, split
+from hasten.halves import Conditional, instead, said, split
 from hasten.method import Refused
 from hasten.moment import Moment, now
 from hasten.patch import Patch
@@ -36,14 +37,15 @@ def guided(label: str, model: nn.Module, answer: Answer) -> Patch:
             u), as Qwen's and Lumina's do with their norms; see `Moment`.
     """
     first = list(inspect.signature(type(model).forward).parameters)[1]
-    cond: tuple[int, int, Any] = (0, 0, None)  # run, step and answer of the conditional call
+    cond = Conditional()
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal cond
         here, out = now(), forward(*args, **kwargs)
         if here.branch == "cond":
-            cond = here.run, here.step, out
-        if here.branch in ("cond", "other") or (here.branch == "uncond" and cond[:2] != (here.run, here.step)):
+            cond.keep(here, out)
+        both = here.branch == "both"
+        given = cond.take(here) if here.branch == "uncond" else None
+        if not both and given is None:
             return out
         scale, node, target = here.scale, here.node, here.target
         if scale is None or node is None or target is None:
@@ -52,16 +54,14 @@ def guided(label: str, model: nn.Module, answer: Answer) -> Patch:
                 "that hasten reads, and this is none: leave it out"
             )
         new, x = said(out).clone(), kwargs[first] if first in kwargs else args[0]
-        both = here.branch == "both"
-        u, c = split(new) if both else (new, said(cond[2]))
+        u, c = split(new) if both else (new, said(given))
         x = split(x)[1] if both else x
-        cond = 0, 0, None
         part = tuple(slice(min(sizes)) for sizes in zip(x.shape, c.shape, strict=True))  # not variances, nor masks
 
         def read(m: Tensor) -> Prediction:
             return Prediction.of(target, here.sign * _wide(m[part]), _wide(x[part]), node)
 
-        g = here.sign * told(target, answer(here, node, scale, read(c), read(u)), node)
+        g = here.sign * denoiser.said(target, answer(here, node, scale, read(c), read(u)), node)
         u[part] = g if both else (scale * _wide(c[part]) - g) / (scale - 1)
         if both:
             c[part] = g
@@ -71,21 +71,6 @@ def guided(label: str, model: nn.Module, answer: Answer) -> Patch:
     with Patch() as patch:
         patch.wrap(model, around)
         return patch.keep()
-
-
-def told(target: Target, p: Prediction, n: Node) -> Tensor:
-    """What a network of this target says where it predicts `p`: the inverse of `Prediction.of`."""
-    match target:
-        case "x0":
-            return p.x0
-        case "eps":
-            return p.eps
-        case "score":
-            return p.eps / -n.sigma
-        case "v":
-            return p.mix(x0=-n.sigma, eps=n.alpha)
-        case "flow":
-            return p.mix(x0=-1.0, eps=1.0)
 
 
 def _wide(x: Tensor) -> Tensor:

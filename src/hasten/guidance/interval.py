@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from hasten import moment
-from hasten.halves import batch, doubled, half
+from hasten.halves import Conditional, batch, doubled, half
 from hasten.method import Method, Part, Stage
-from hasten.moment import Moment, now
+from hasten.moment import now
 from hasten.patch import Patch
 
 
@@ -42,7 +42,7 @@ class Interval(Method):
         return self
 
     def apply(self, model: nn.Module) -> Patch:
-        last = _Last()
+        cond = Conditional()
         with Patch() as patch:
 
             def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -55,21 +55,13 @@ class Interval(Method):
                         size = batch(args, kwargs)
                         return doubled(forward(*half(args, size), **half(kwargs, size)))
                 if here.branch == "cond":
-                    last.moment, last.out = here, forward(*args, **kwargs)
-                    return last.out
-                if last.moment is not None and (last.moment.run, last.moment.step) == (here.run, here.step):
+                    out = forward(*args, **kwargs)
+                    cond.keep(here, out)
+                    return out
+                if (out := cond.take(here)) is not None:
                     patch.tally["spared"] += 1
-                    out, last.moment, last.out = last.out, None, None
                     return out
                 return forward(*args, **kwargs)
 
             patch.wrap(model, around)
             return patch.keep()
-
-
-@dataclass
-class _Last:
-    """The conditional answer, kept until the unconditional call of the same step."""
-
-    moment: Moment | None = None
-    out: Any = None

@@ -82,7 +82,7 @@ class Perturbed(Method):
                 _need(seen, self.layers)
                 patch.tally["extra"] += 1
                 state.moment, state.move = here, self.scale * (c - p)
-            if state.moment is None or (state.moment.run, state.moment.step) != (here.run, here.step):
+            if here.since(state.moment) != 0:
                 return out
             move = state.move  # added to both branches, so that u + s (c - u) has it once
             return instead(out, said(out) + (torch.cat([move, move]) if both else move))

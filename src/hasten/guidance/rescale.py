@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.denoiser import Denoiser, Prediction, Target
+from hasten.denoiser import Denoiser, Prediction, Target, said
 from hasten.grid import Node
 from hasten.guidance.cfg import cfg
-from hasten.guidance.inside import guided, told
+from hasten.guidance.inside import guided
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment
 from hasten.patch import Patch
@@ -43,7 +43,7 @@ def rescale(
 
 
 def _tamed(c: Prediction, u: Prediction, node: Node, scale: float, phi: float, target: Target) -> Prediction:
-    said_c, said_u = told(target, c, node), told(target, u, node)
+    said_c, said_u = said(target, c, node), said(target, u, node)
     g = said_u + scale * (said_c - said_u)
     each = tuple(range(1, g.ndim))
     ratio = said_c.std(each, keepdim=True) / g.std(each, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from hasten.denoiser import Denoiser, Prediction
+from hasten.denoiser import Denoiser, Prediction, said
 from hasten.grid import Node
 from hasten.guidance.cfg import cfg
-from hasten.guidance.inside import guided, told
+from hasten.guidance.inside import guided
 from hasten.guidance.trajectory import Trajectory
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment
@@ -54,7 +54,7 @@ def _still(x: Tensor, node: Node) -> Prediction:
 
 
 def _starred(c: Prediction, u: Prediction, node: Node, scale: float) -> Prediction:
-    v, w = told("flow", c, node), told("flow", u, node)
+    v, w = said("flow", c, node), said("flow", u, node)
     each = tuple(range(1, v.ndim))
     best = (v * w).sum(each, keepdim=True) / ((w * w).sum(each, keepdim=True) + 1e-8)
     w = best * w

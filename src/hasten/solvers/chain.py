@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import hypot
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hasten.brownian import Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid, Node
 from hasten.solvers.ddpm import ddpm
+
+Eta = Annotated[float, Field(ge=0, le=1)]
+Window = Annotated[int, Field(ge=1, le=1000)]
+Tolerance = Annotated[float, Field(gt=0, le=1)]
 
 
 def stepped(p: Prediction, now: Node, after: Node, noise: Noise | None, eta: float) -> Tensor:

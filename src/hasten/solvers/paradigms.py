@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from itertools import pairwise
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hasten.brownian import Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid
-from hasten.solvers.chain import check, extended, first_loose, stepped
+from hasten.solvers.chain import Eta, Tolerance, Window, check, extended, first_loose, stepped
 from hasten.solvers.declare import Many, solver
 
 
 @solver(order=1, asks="batches", stochastic=lambda eta, **_: eta > 0)
 def paradigms(
     x: Tensor, grid: Grid, noise: Noise | None = None, *,
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    window: Annotated[int, Field(ge=1, le=1000)] = 64,
-    tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
+    eta: Eta = 0.0,
+    window: Window = 64,
+    tolerance: Tolerance = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance: a batch of `window` times a pass, and at most as many passes as
     steps. Shih et al. 2023, arXiv:2305.16317.

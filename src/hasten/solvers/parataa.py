@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.brownian import Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid
-from hasten.solvers.chain import check, extended, first_loose, stepped
+from hasten.solvers.chain import Eta, Tolerance, Window, check, extended, first_loose, stepped
 from hasten.solvers.declare import Many, solver
 
 RIDGE = 1e-8
@@ -26,12 +26,12 @@ Pass = tuple[int, Tensor, Tensor]
 @solver(order=1, asks="batches", stochastic=lambda eta, **_: eta > 0, systems=("parataa",))
 def parataa(
     x: Tensor, grid: Grid, noise: Noise | None = None, *,
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    window: Annotated[int, Field(ge=1, le=1000)] = 64,
+    eta: Eta = 0.0,
+    window: Window = 64,
     span: Annotated[int, Field(ge=1, le=1000)] = 20,
     memory: Annotated[int, Field(ge=1, le=10)] = 3,
     hold: Literal["move", "noise"] = "move",
-    tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
+    tolerance: Tolerance = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance: a batch of `window` times a pass, and at most as many passes as
     steps. Tang et al. 2024, arXiv:2402.09970.

@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.brownian import Noise
 from hasten.denoiser import Prediction
 from hasten.grid import Grid
-from hasten.solvers.chain import check, first_loose, stepped
+from hasten.solvers.chain import Eta, Tolerance, check, first_loose, stepped
 from hasten.solvers.declare import Many, solver
 
 
@@ -31,9 +31,9 @@ class Walk:
 @solver(order=1, asks="batches", stochastic=lambda eta, **_: eta > 0)
 def srds(
     x: Tensor, grid: Grid, noise: Noise | None = None, *,
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    eta: Eta = 0.0,
     blocks: Annotated[int, Field(ge=0, le=1000)] = 0,
-    tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-2,
+    tolerance: Tolerance = 1e-2,
 ) -> Generator[Many, list[Prediction], Tensor]:  # fmt: skip
     """`ddpm` of this eta, DDIM at 0, to a tolerance, in at most as many passes as steps: blocks of fine steps in
     parallel, and one coarse step a block. Selvam et al. 2024, arXiv:2412.08292, in its pipelined form.
