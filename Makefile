@@ -20,7 +20,7 @@ help: ## this list
 demo: $(READY) ## tunes the embedded pipeline and shows what it gained, into out/
 	$(BIN)/hasten tune emoji-flow --quality 0.95 --out $(OUT)/ --budget-seconds $(BUDGET)
 
-test: lint types $(READY) ## lint, types, every test
+test: lint types .venv/.kernels ## lint, types, every test
 	$(BIN)/python -m pytest
 
 lint: $(READY) ## ruff alone
@@ -60,6 +60,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo ".venv is ready"
+
+# tests run Triton's kernels in its interpreter
+.venv/.kernels: $(READY)
+	@echo "installing triton ..."
+	@$(PIP) install -c constraints.txt -e '.[kernels]'
+	@touch $@
 
 .venv/.docs: $(READY)
 	@echo "installing mkdocs ..."

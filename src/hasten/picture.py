@@ -55,6 +55,7 @@ class Call:
     Attributes:
         query, key, value: [B, H, L, C]; keys and values may have fewer heads.
         at: which of the L are the picture's; the others are words.
+        which: how many such attentions the block ran before it.
     """
 
     query: Tensor
@@ -65,6 +66,7 @@ class Call:
     dropout: float = 0.0
     causal: bool = False
     more: dict[str, Any] | None = None
+    which: int = 0
 
     def run(self) -> Tensor:
         """As torch computes it."""
@@ -84,7 +86,7 @@ class Attending(TorchFunctionMode):
 
     def __init__(self, tokens: int, compute: Compute | None) -> None:
         super().__init__()
-        self.compute, self._picture = compute, Picture(tokens)
+        self.compute, self._picture, self._met = compute, Picture(tokens), 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +104,8 @@ class Attending(TorchFunctionMode):
         if start is None or self.compute is None:
             return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
         at = slice(start, start + self._picture.tokens)
-        return self.compute(Call(query, key, value, at, attn_mask, dropout_p, is_causal, more))
+        which, self._met = self._met, self._met + 1
+        return self.compute(Call(query, key, value, at, attn_mask, dropout_p, is_causal, more, which))
 
 
 def attending(patch: Patch, block: Block, compute: Compute) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -37,15 +37,15 @@ class Spot:
     rotary: bool
 
 
-def spots(model: nn.Module, label: str, pictures: bool = False) -> list[Spot]:
+def spots(model: nn.Module, label: str, of: Literal["any", "pictures", "videos"] = "any") -> list[Spot]:
     """Attentions among the picture's places, alone or together with words.
 
     Args:
         label: of the method that asks.
-        pictures: it works on pictures alone.
+        of: what it works on; a video's attention sees all frames at once.
 
     Raises:
-        Refused: there are none, or where its tokens lie cannot be told; or it attends to frames at once.
+        Refused: there are none, where its tokens lie cannot be told, or it draws something else.
     """
     name, parts = type(model).__name__, anatomy(model)
     if name.startswith(JOINT):
@@ -69,8 +69,12 @@ def spots(model: nn.Module, label: str, pictures: bool = False) -> list[Spot]:
             )
     if parts.unet is None and getattr(getattr(model, "config", None), "patch_size", None) is None:
         raise Refused(f"{label} needs tokens in rows and columns, and {name} has no patches of a picture: leave it out")
-    if pictures and is_video(parts):
+    if of == "pictures" and is_video(parts):
         raise Refused(f"{label} works on pictures; {name} attends to all frames at once: take tokens.asymmetric")
+    if of == "videos" and not is_video(parts):
+        raise Refused(
+            f"{label} works on attention to all frames at once, and {name} has none: take attention.top_blocks"
+        )
     return found
 
 

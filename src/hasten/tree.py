@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from hasten.method import Method
 
-METHOD_ROOMS = ("runtime", "quant", "tokens", "cache", "guidance")
+METHOD_ROOMS = ("runtime", "quant", "attention", "tokens", "cache", "guidance")
 
 
 def files(room: str) -> list[str]:

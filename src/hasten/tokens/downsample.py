@@ -34,7 +34,7 @@ class Downsample(Method):
     second: int = Field(1, ge=1, le=8)
 
     def apply(self, model: nn.Module) -> Patch:
-        found = spots(model, "tokens.downsample", pictures=True)
+        found = spots(model, "tokens.downsample", of="pictures")
         with Patch() as patch:
             if max(self.factor, self.second) > 1:
                 places = Places(patch, model)

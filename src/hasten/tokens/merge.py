@@ -51,7 +51,7 @@ class Merge(Method):
     seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"low": 0, "high": 0})
 
     def apply(self, model: nn.Module) -> Patch:
-        found = spots(model, "tokens.merge", pictures=True)
+        found = spots(model, "tokens.merge", of="pictures")
         with Patch() as patch:
             if self.ratio > 0:
                 places = Places(patch, model)
