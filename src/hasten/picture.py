@@ -77,20 +77,22 @@ Compute = Callable[[Call], Tensor]
 
 
 class Attending(TorchFunctionMode):
-    """Within it, attention among `tokens` places is what `compute` says, as long as that is not None. Attention to
-    words alone stays as it is, and what happens outside, in other threads too. `torch.compile` traces it.
+    """Within it, attention among `tokens` places is what `compute` says, as long as that is not None; all attention,
+    where `tokens` is None. Else attention to words alone stays as it is, and what happens outside, in other threads
+    too. `torch.compile` traces it.
 
     Raises, within:
         Refused: words and picture are of one length, so that nothing tells which is which.
     """
 
-    def __init__(self, tokens: int, compute: Compute | None) -> None:
+    def __init__(self, tokens: int | None, compute: Compute | None) -> None:
         super().__init__()
-        self.compute, self._picture, self._met = compute, Picture(tokens), 0
+        self.compute, self._met = compute, 0
+        self._picture = None if tokens is None else Picture(tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.cat:
+        if func is torch.cat and self._picture is not None:
             self._picture.note(*args, **kwargs)
         if func is attend and self.compute is not None:
             return self._attend(*args, **kwargs)
@@ -100,19 +102,24 @@ class Attending(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **more: Any,
     ) -> Tensor:  # fmt: skip
-        start = self._picture.start(query.shape[-2], key.shape[-2])
-        if start is None or self.compute is None:
-            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        at = slice(start, start + self._picture.tokens)
+        start, tokens = 0, query.shape[-2]
+        if self._picture is not None:
+            found, tokens = self._picture.start(query.shape[-2], key.shape[-2]), self._picture.tokens
+            if found is None:
+                return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
+            start = found
+        assert self.compute is not None
+        at = slice(start, start + tokens)
         which, self._met = self._met, self._met + 1
         return self.compute(Call(query, key, value, at, attn_mask, dropout_p, is_causal, more, which))
 
 
-def attending(patch: Patch, block: Block, compute: Compute) -> None:
-    """While `block` runs, attention among the picture's places is what `compute` says."""
+def attending(patch: Patch, block: Block, compute: Compute, every: bool = False) -> None:
+    """While `block` runs, attention among the picture's places, or with `every` all attention, is what `compute`
+    says."""
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with Attending(block.inputs(args, kwargs).x.shape[1], compute):
+        with Attending(None if every else block.inputs(args, kwargs).x.shape[1], compute):
             return forward(*args, **kwargs)
 
     patch.wrap(block.module, around)

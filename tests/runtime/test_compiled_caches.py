@@ -1,4 +1,4 @@
-"""Caches inside compiled blocks: what they count does not have a block compiled anew."""
+"""Caches and attentions inside compiled blocks: nothing has a block compiled anew."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import hasten
 from families import FAMILIES
 from hasten import Recipe
+from settings import strong
 
 SD3 = FAMILIES[2]
 
@@ -36,4 +37,31 @@ def test_counters_do_not_have_blocks_compiled_anew(label: str, monkeypatch: pyte
     assert 0 < once < 10  # with what is counted among the guards there are twelve and more
     assert len(compiled) == once
     assert torch.equal(first, second)
+    assert (first - want).abs().max() < 1e-5 * want.abs().max()
+
+
+ATTENTIONS = ["attention.exact", "attention.linear", "attention.sla", "attention.sliding_tile", "attention.top_blocks"]
+
+
+@pytest.mark.parametrize("label", ATTENTIONS)
+def test_an_attention_is_compiled_with_its_block(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph a kind of block, and the numbers of the method alone."""
+    pipe, settings = SD3.build(), strong(label)
+    with hasten.accelerate(pipe, Recipe.from_dict({"methods": [{label: settings}]})):
+        want = SD3.call(pipe)
+    graphs: list[Any] = []
+    plain = torch.compile
+
+    def eager(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda fn, **more: plain(fn, backend=eager, **more))
+    torch._dynamo.reset()
+    with hasten.accelerate(pipe, Recipe.from_dict({"methods": ["runtime.compile", {label: settings}]})):
+        first = SD3.call(pipe)
+        once = len(graphs)
+        assert torch.equal(SD3.call(pipe), first)
+    assert len(graphs) == once
+    assert once <= 2 * len({type(b) for b in pipe.transformer.transformer_blocks}) + 2
     assert (first - want).abs().max() < 1e-5 * want.abs().max()

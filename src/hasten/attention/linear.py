@@ -39,7 +39,7 @@ class Linear(Method):
     weights: str = Field("", description="file of the tuned maps")
 
     def apply(self, model: nn.Module) -> Patch:
-        learned = Learned("attention.linear", Hedgehog)
+        learned = Learned("attention.linear")
         if self.weights:
             learned = Learned.read(self.weights, "attention.linear", lambda s: Hedgehog(*s["queries"].shape[:2]))
             learned.to(next(model.parameters()))
@@ -67,10 +67,11 @@ class Hedgehog(nn.Module):
 
     def forward(self, q_BHNC: Tensor, k_BHMC: Tensor) -> tuple[Tensor, Tensor]:
         """The features of both."""
-        return _signed(q_BHNC @ self.queries.to(q_BHNC)), _signed(k_BHMC @ self.keys.to(k_BHMC))
+        return signed(q_BHNC @ self.queries.to(q_BHNC)), signed(k_BHMC @ self.keys.to(k_BHMC))
 
 
-def _signed(x: Tensor) -> Tensor:
+def signed(x: Tensor) -> Tensor:
+    """Features [..., 2 C] of [..., C]: positive, of sum 1, those of x and those of -x."""
     return torch.cat([x, -x], -1).softmax(-1)
 
 
@@ -78,9 +79,10 @@ def _compute(learned: Learned, places: Places, names: tuple[str, ...], call: Cal
     layer = learned.of(names[call.which], call.query)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, tail: int, bias: Tensor | None) -> Tensor:
-        if layer is None:
+        if layer is None and len(learned.layers):
             raise ValueError(f"the file of attention.linear has no maps for {names[call.which]}: tune this network")
-        phi_q, phi_k = layer(q, k)
+        scale = q.shape[-1] ** -0.25
+        phi_q, phi_k = (signed(q * scale), signed(k * scale)) if layer is None else layer(q, k)
         return linear_attention(phi_q, phi_k, v, bias)
 
     return among_places(call, attend)
