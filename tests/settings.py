@@ -6,6 +6,7 @@ from typing import Any
 
 STRONG: dict[str, dict[str, Any]] = {
     "attention.exact": {"backend": "tiled"},
+    "attention.sage": {"emulate": True},
     "attention.sla": {"queries": 4, "keys": 4},
     "attention.sliding_tile": {"tile_t": 1, "tile_y": 2, "tile_x": 2, "window_t": 1, "window_y": 1, "window_x": 1},
     "attention.spatial_temporal": {"frames": 1, "dense": 1.0, "queries": 4, "keys": 4},

@@ -56,6 +56,7 @@ class Method(BaseModel):
         saves: it saves work, so the tuner may try it; else it changes what is drawn, which is the user's choice, or
             needs what a fit finds.
         sure: worth having wherever it works: the tuner begins with it.
+        from_tokens: places of the picture in one attention below which it cannot pay: the tuner leaves it out there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -66,6 +67,7 @@ class Method(BaseModel):
     neutral: ClassVar[dict[str, Any] | None] = None
     saves: ClassVar[bool] = True
     sure: ClassVar[bool] = False
+    from_tokens: ClassVar[int] = 0
 
     def apply(self, model: nn.Module) -> Patch:
         """Edits `model` in place; the patch takes it back. Raises Refused, with nothing changed, where it can't

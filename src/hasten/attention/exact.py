@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from hasten.anatomy import anatomy
@@ -26,10 +27,11 @@ class Exact(Method):
     writes: ClassVar = frozenset({Part.ATTENTION})
     systems: ClassVar = ("flashattention", "flashattention-2")
     neutral: ClassVar[dict[str, Any]] = {"backend": "sdpa"}
+    from_tokens: ClassVar = 1024
 
     backend: Literal[
         "auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex", "tiled", "flash_attn_2", "flash_attn_3"
-    ] = "auto"
+    ] = Field("auto", json_schema_extra={"fixed": True})
 
     def apply(self, model: nn.Module) -> Patch:
         blocks = [b for b in anatomy(model).blocks if b.attentions]

@@ -35,14 +35,15 @@ class Sla(Method):
     writes: ClassVar = frozenset({Part.ATTENTION})
     systems: ClassVar = ("sla",)
     neutral: ClassVar[dict[str, Any]] = {"critical": 1.0, "negligible": 0.0}
+    from_tokens: ClassVar = 2048
 
     critical: float = Field(0.05, gt=0, le=1, json_schema_extra={"high": 0.5}, description="k_h")
-    negligible: float = Field(0.1, ge=0, le=1, json_schema_extra={"low": 0.1, "high": 0.1}, description="k_l")
-    feature: Feature = "softmax"
-    linear: Literal["marginal", "all"] = "marginal"
+    negligible: float = Field(0.1, ge=0, le=1, json_schema_extra={"fixed": True}, description="k_l")
+    feature: Feature = Field("softmax", json_schema_extra={"fixed": True})
+    linear: Literal["marginal", "all"] = Field("marginal", json_schema_extra={"fixed": True})
     weights: str = Field("", description="file of the tuned layers")
-    queries: int = Field(128, ge=1, le=1024, json_schema_extra={"low": 128, "high": 128})
-    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"low": 64, "high": 64})
+    queries: int = Field(128, ge=1, le=1024, json_schema_extra={"fixed": True})
+    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"fixed": True})
 
     @model_validator(mode="after")
     def _shares(self) -> Sla:

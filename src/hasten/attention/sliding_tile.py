@@ -31,6 +31,7 @@ class SlidingTile(Method):
     writes: ClassVar = frozenset({Part.ATTENTION})
     systems: ClassVar = ("sparse-attention",)
     neutral: ClassVar[dict[str, Any]] = {"window_t": 100, "window_y": 100, "window_x": 100}
+    from_tokens: ClassVar = 2048
 
     window_t: int = Field(3, ge=1, le=100, json_schema_extra={"high": 5})
     window_y: int = Field(3, ge=1, le=100, json_schema_extra={"high": 5})

@@ -36,13 +36,12 @@ class SpatialTemporal(Method):
     writes: ClassVar = frozenset({Part.ATTENTION})
     systems: ClassVar = ("sparse-attention",)
     neutral: ClassVar[dict[str, Any]] = {"frames": 1000}
+    from_tokens: ClassVar = 2048
 
     frames: int = Field(4, ge=1, le=1000, json_schema_extra={"high": 8})
     dense: float = Field(0.9, ge=0, le=1)
-    queries: int = Field(
-        128, ge=1, le=1024, json_schema_extra={"low": 128, "high": 128}, description="of a block, at most"
-    )
-    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"low": 64, "high": 64}, description="of a block, at most")
+    queries: int = Field(128, ge=1, le=1024, json_schema_extra={"fixed": True}, description="of a block, at most")
+    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"fixed": True}, description="of a block, at most")
 
     def apply(self, model: nn.Module) -> Patch:
         return computed(

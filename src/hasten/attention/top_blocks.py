@@ -31,10 +31,11 @@ class TopBlocks(Method):
     writes: ClassVar = frozenset({Part.ATTENTION})
     systems: ClassVar = ("sparse-attention",)
     neutral: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    from_tokens: ClassVar = 2048
 
     keep: float = Field(0.25, gt=0, le=1, description="share of the blocks that are read")
-    queries: int = Field(128, ge=1, le=1024, json_schema_extra={"low": 128, "high": 128})
-    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"low": 64, "high": 64})
+    queries: int = Field(128, ge=1, le=1024, json_schema_extra={"fixed": True})
+    keys: int = Field(64, ge=1, le=1024, json_schema_extra={"fixed": True})
 
     def apply(self, model: nn.Module) -> Patch:
         return computed(model, "attention.top_blocks", self._compute if self.keep < 1 else None)

@@ -34,6 +34,7 @@ class Asymmetric(Method):
     writes: ClassVar = frozenset({Part.TOKENS, Part.ATTENTION})
     systems: ClassVar = ("asymrnr",)
     neutral: ClassVar[dict[str, Any]] = {"queries": 0.0, "keys": 0.0}
+    from_tokens: ClassVar = 1024
 
     queries: float = Field(0.5, ge=0, le=0.9)
     keys: float = Field(0.3, ge=0, le=0.9)
@@ -42,7 +43,7 @@ class Asymmetric(Method):
     window_t: int = Field(2, ge=1, le=8)
     window_y: int = Field(2, ge=1, le=8)
     window_x: int = Field(2, ge=1, le=8)
-    seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"low": 0, "high": 0})
+    seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"fixed": True})
 
     def apply(self, model: nn.Module) -> Patch:
         found = spots(model, "tokens.asymmetric")

@@ -29,6 +29,7 @@ class Downsample(Method):
     writes: ClassVar = frozenset({Part.TOKENS})
     systems: ClassVar = ("todo",)
     neutral: ClassVar[dict[str, Any]] = {"factor": 1, "second": 1}
+    from_tokens: ClassVar = 1024
 
     factor: int = Field(2, ge=1, le=8)
     second: int = Field(1, ge=1, le=8)

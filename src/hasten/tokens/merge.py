@@ -37,6 +37,7 @@ class Merge(Method):
     writes: ClassVar = frozenset({Part.TOKENS})
     systems: ClassVar = ("tome-sd",)
     neutral: ClassVar[dict[str, Any]] = {"ratio": 0.0}
+    from_tokens: ClassVar = 1024
 
     ratio: float = Field(0.5, ge=0, le=0.9, description="share of the tokens that go; 1 - 1 / window at the most")
     max_downsample: int = Field(1, ge=1, le=8, description="times coarser than the finest resolution that attends")
@@ -48,7 +49,7 @@ class Merge(Method):
     random: Literal["always", "even", "never"] = Field(
         "always", description="even: only in batches of even size, as the authors' package; else the windows' corners"
     )
-    seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"low": 0, "high": 0})
+    seed: int = Field(0, ge=0, le=2**31, json_schema_extra={"fixed": True})
 
     def apply(self, model: nn.Module) -> Patch:
         found = spots(model, "tokens.merge", of="pictures")

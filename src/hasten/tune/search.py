@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten import tree
+from hasten.anatomy import Block, anatomy
 from hasten.api import accelerate
 from hasten.bridge.drawing import NotFinite, draw, quiet, twin
 from hasten.bridge.pipelines import networks
@@ -25,6 +27,7 @@ from hasten.measure.frechet import frechet_small
 from hasten.measure.quality import Quality, quality
 from hasten.measure.timing import Spread
 from hasten.method import Refused
+from hasten.patch import Patch
 from hasten.recipe import Recipe
 from hasten.tune.space import refusals, starts, suggest
 from hasten.tune.subject import Drawn, Task, drawn
@@ -57,6 +60,25 @@ class Found:
     frechet: float
 
 
+@contextmanager
+def counted(net: nn.Module) -> Iterator[set[int]]:
+    """Within, the set gets how many tokens of the picture the blocks of a network attend to."""
+    seen: set[int] = set()
+
+    def note(block: Block) -> Callable[..., Any]:
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            seen.add(block.inputs(args, kwargs).x.shape[1])
+            return forward(*args, **kwargs)
+
+        return around
+
+    with Patch() as patch:
+        for block in anatomy(net).blocks:
+            if any(site.kind in ("self", "joint") for site in block.attentions):
+                patch.wrap(block.module, note(block))
+        yield seen
+
+
 class Search:
     """Tries recipes on a twin of the pipeline.
 
@@ -67,11 +89,11 @@ class Search:
     def __init__(self, pipe: Any, task: Task, plain: tuple[Drawn, Drawn], features: Features, floor: float) -> None:
         self.pipe, self.task, self.plain, self.features, self.floor = pipe, task, plain, features, floor
         self.fast = quiet(twin(pipe))
-        self.refused = refusals(next(iter(networks(self.fast).values())))
-        self.labels = [label for label in tree.methods() if label not in self.refused]
         watch = Stopwatch()
-        with watch.install(pipe):
+        with watch.install(pipe), counted(next(iter(networks(pipe).values()))) as tokens:
             list(draw(pipe, task.prompts[:1], task.seeds[:1]))
+        self.refused = refusals(next(iter(networks(self.fast).values())), max(tokens, default=0))
+        self.labels = [label for label in tree.methods() if label not in self.refused]
         self.calls = watch.calls
         self.guided = bool(getattr(pipe, "do_classifier_free_guidance", True))
 

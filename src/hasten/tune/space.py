@@ -88,6 +88,8 @@ def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | N
     Raises:
         TypeError: a number without bounds; a method must say what may be tried.
     """
+    if fixed(field):
+        return default
     if kind is bool:
         return trial.suggest_categorical(name, [False, True])
     if get_origin(kind) is Literal:
@@ -102,6 +104,12 @@ def value(trial: Trial, name: str, kind: Any, default: Any, field: FieldInfo | N
     return trial.suggest_float(name, float(low), float(high), log=log)
 
 
+def fixed(field: FieldInfo | None) -> bool:
+    """The field's json_schema_extra says that a search leaves it as it is."""
+    extra = field.json_schema_extra if field is not None else None
+    return isinstance(extra, dict) and bool(extra.get("fixed"))
+
+
 def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
     """(low, high, log) of a field: its ge/gt and le/lt, narrowed for searching by json_schema_extra's low, high and
     log."""
@@ -113,10 +121,14 @@ def bounds(field: FieldInfo | None) -> tuple[float | None, float | None, bool]:
     return extra.get("low", low), extra.get("high", high), bool(extra.get("log", False))  # type: ignore[return-value]
 
 
-def refusals(net: nn.Module) -> dict[str, str]:
-    """label -> reason, of the methods that can't be applied to `net` on this machine, found by trying."""
+def refusals(net: nn.Module, tokens: int | None = None) -> dict[str, str]:
+    """label -> reason, of the methods that can't be applied to `net` on this machine, found by trying, or can't pay at
+    so many tokens."""
     found = {}
     for label, kind in tree.methods().items():
+        if tokens is not None and tokens < kind.from_tokens:
+            found[label] = f"it pays from {kind.from_tokens:,} tokens on, and here are {tokens:,}"
+            continue
         try:
             kind().apply(net).remove()
         except ValueError as reason:  # Refused is one
