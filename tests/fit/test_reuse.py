@@ -17,7 +17,8 @@ from hasten.bridge.drawing import latents
 from hasten.bridge.pipelines import networks
 from hasten.cache.planned import Planned
 from hasten.denoiser import Prediction
-from hasten.fit.reuse import CannotPlan, Probe, plan
+from hasten.fit.probe import Probe
+from hasten.fit.reuse import CannotPlan, plan
 from hasten.halves import said
 from hasten.moment import Moment
 from pipelines import PIPELINES
@@ -44,11 +45,43 @@ def test_a_cost_is_the_move_of_a_step_on_what_an_older_one_kept(name: str) -> No
     family = NAMED[name]
     pipe = family.build()
     probe = probed(family, pipe)
-    table = probe.table([1.0] * probe.steps)
-    assert table.shape == (7, 7)
-    for i, j in ((2, 4), (0, 3)):
-        want = sum(cost(family, i, k) for k in range(i + 1, j))
-        assert float(table[i, j]) == pytest.approx(want, rel=1e-3)
+    for i, k in ((2, 3), (0, 1), (0, 2)):
+        assert probe.repeated(i, k) == pytest.approx(cost(family, i, k), rel=1e-3)
+
+
+def test_a_row_of_the_table_sums_what_its_steps_cost() -> None:
+    """Of a U-Net, whose features are given again, whatever was computed before; of a transformer, by what two residuals
+    leave of what repeating one does."""
+    for name in ("sd", "sd3"):
+        family = NAMED[name]
+        probe = probed(family, family.build())
+        table = probe.table([1.0, 1.0, 1.0, 2.0, 3.0, 1.0])
+        assert table.shape == (7, 7, 7)
+        costs = [probe.cost(1, 2, k) for k in (3, 4)]
+        assert float(table[1, 2, 5]) == pytest.approx(2 * costs[0] + 3 * costs[1])
+        if name == "sd":
+            assert costs == [probe.repeated(2, k) for k in (3, 4)]
+            assert probe.weights(1, 2, 4) == (1.0,)
+        else:
+            assert all(c < probe.repeated(2, k) for c, k in zip(costs, (3, 4)))
+            assert len(probe.weights(1, 2, 4)) == 2
+            assert len(probe.weights(None, 0, 1)) == 1
+
+
+@pytest.mark.parametrize("name", ["sd3", "cogvideox"])
+def test_mixed_residuals_move_a_step_less_than_the_last_one_again(name: str) -> None:
+    """Both as pictures have them: with one evaluation spared, of a state that nothing has moved before."""
+    family = NAMED[name]
+    pipe = family.build()
+    given = {k: v for k, v in wanted(family).items() if k != "prompt"}
+    ends = latents(pipe, [""], [0], **given).flatten()
+    probe = probed(family, pipe)
+    off = []
+    for weights in ((1.0,), probe.weights(3, 4, 5)):
+        method = Planned(compute=(0, 1, 2, 3, 4), steps=6, mix=(*[(1.0,)] * 5, weights))
+        with hasten.accelerate(pipe, NONE.model_copy(update={"methods": (method,)})):
+            off.append(float((latents(pipe, [""], [0], **given).flatten() - ends).norm()))
+    assert off[1] < off[0]
 
 
 def cost(family: Family, i: int, k: int) -> float:
@@ -117,7 +150,7 @@ def test_a_second_network_starts_with_an_evaluation_in_full() -> None:
     family = NAMED["wan22"]
     probe = probed(family, family.build())
     table = probe.table([1.0] * probe.steps)
-    turns = [k for k in range(1, 6) if not bool(table[k - 1, k + 1].isfinite())]
+    turns = [k for k in range(1, 6) if not bool(table[:, k - 1, k + 1].isfinite().any())]
     assert len(turns) == 1
 
 
@@ -134,7 +167,7 @@ def test_the_table_is_infinite_beyond_what_was_measured() -> None:
     family = FAMILIES[2]
     probe = probed(family, family.build(), farthest=2)
     table = probe.table([1.0] * 6)
-    assert torch.isfinite(table).sum(1).tolist() == [3, 3, 3, 3, 2, 1, 0]
+    assert torch.isfinite(table).any(0).sum(1).tolist() == [3, 3, 3, 3, 2, 1, 0]
     weighed = probe.table([1.0, 1.0, 5.0, 1.0, 1.0, 1.0])
-    assert float(weighed[1, 3]) == pytest.approx(5 * float(table[1, 3]))
-    assert float(weighed[2, 4]) == float(table[2, 4])
+    assert float(weighed[0, 1, 3]) == pytest.approx(5 * float(table[0, 1, 3]))
+    assert float(weighed[1, 2, 4]) == float(table[1, 2, 4])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hasten.anatomy import Block, Streams
@@ -50,6 +50,20 @@ Taken = Callable[[Kept, Kept | None], None]
 def latest(history: tuple[Kept, ...], here: Moment) -> Kept:
     """The last residual as it is."""
     return history[0]
+
+
+def combined(weights: Sequence[float], history: tuple[Kept, ...]) -> Kept:
+    """The sum of the newest residuals, each times its weight."""
+
+    def total(features: list[Any]) -> Any:
+        out = weights[0] * features[0]
+        for w, f in zip(weights[1:], features[1:], strict=True):
+            out = out + w * f
+        return out
+
+    some = history[: len(weights)]
+    c = None if history[0].c is None else total([k.c for k in some])
+    return replace(history[0], x=total([k.x for k in some]), c=c)
 
 
 def reuse(

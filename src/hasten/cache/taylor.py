@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from hasten.anatomy import anatomy
-from hasten.cache.residual import Kept, reuse
+from hasten.cache.residual import Kept, combined, reuse
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment
 from hasten.patch import Patch
@@ -49,9 +48,7 @@ def forecast(history: tuple[Kept, ...], here: Moment) -> Kept:
     """The residual at `here` from those of key steps, the newest first."""
     if len(history) == 1:
         return history[0]
-    at = weights([k.moment.step for k in history], here.step)
-    c = None if history[0].c is None else _sum(at, [k.c for k in history])
-    return replace(history[0], x=_sum(at, [k.x for k in history]), c=c)
+    return combined(weights([k.moment.step for k in history], here.step), history)
 
 
 def weights(steps: Sequence[float], at: float) -> list[float]:
@@ -68,10 +65,3 @@ def weights(steps: Sequence[float], at: float) -> list[float]:
             w *= (at - other) / (s - other) if j != i else 1.0
         found.append(w)
     return found
-
-
-def _sum(weighed: Sequence[float], features: Sequence[Tensor]) -> Tensor:
-    total = weighed[0] * features[0]
-    for w, f in zip(weighed[1:], features[1:], strict=True):
-        total = total + w * f
-    return total

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field, PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 
-from hasten import moment
 from hasten.bridge.drawing import latents
 from hasten.bridge.pipelines import put
-from hasten.cache.planned import Planned, reused
-from hasten.denoiser import Prediction
-from hasten.fit.shortest import shortest
-from hasten.halves import Conditional, said, split
-from hasten.method import Method, Part, Stage, conflict
-from hasten.moment import Moment, now
-from hasten.patch import Patch
+from hasten.cache.planned import Planned
+from hasten.fit.probe import FARTHEST, Probe
+from hasten.fit.shortest import shortest_pairs
+from hasten.method import Method, conflict
 from hasten.recipe import Recipe
-
-FARTHEST = 8
-"""Steps over which a reuse is measured, and the longest that a plan reuses."""
 
 PARTS = 4
 """Of a trajectory, whose errors are weighed apart: what comes early is in part mended by the steps that follow."""
@@ -52,100 +44,11 @@ class Plan:
     steps: int
 
 
-class Probe(Method):
-    """Measures: every evaluation runs once in full, and once on what each of the last steps kept. Each step keeps its
-    own under a branch of its own, so that the caches' own rules do the rest; what the pipeline gets is the full
-    answer."""
-
-    stage: ClassVar = Stage.CACHE
-    writes: ClassVar = frozenset({Part.SCHEDULE})
-
-    branch: int = Field(0, ge=0)
-    farthest: int = Field(FARTHEST, ge=1)
-    _costs: dict[tuple[int, int], float] = PrivateAttr(default_factory=dict)
-    _steps: list[int] = PrivateAttr(default_factory=list)
-
-    def apply(self, model: nn.Module) -> Patch:
-        cond = Conditional()
-
-        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            here = now()
-
-            def run(step: int) -> Any:
-                with moment.at(replace(here, branch=f"{here.branch} {step}")):  # type: ignore[arg-type]
-                    return forward(*args, **kwargs)
-
-            answer = run(here.step)
-            out, before = said(answer), mine.get(here.branch, [])
-            off = {i: said(run(i)) - out for i in before[-self.farthest :] if i >= here.step - self.farthest}
-            mine[here.branch] = [*before, here.step] if here.step else [0]
-            self._steps.append(here.steps)
-            match here.branch:
-                case "cond" if here.scale is not None and here.scale > 1:
-                    cond.keep(here, off)  # told with the unconditional answer, which comes next
-                    return answer
-                case "uncond" if (first := cond.take(here)) is not None:
-                    off = {i: _guided(e, first[i], here) for i, e in off.items() if i in first}
-                case "both":
-                    off = {i: _guided(*split(e), here) for i, e in off.items()}
-            if here.branch != "other":
-                for i, error in off.items():
-                    pair = i, here.step
-                    self._costs[pair] = self._costs.get(pair, 0.0) + _moved(here, error)
-            return answer
-
-        mine: dict[str, list[int]] = {}  # steps that this network ran at, a branch
-        with Patch() as patch:
-            reused(patch, model, lambda here: True, self.branch)
-            patch.wrap(model, around)
-            return patch.keep()
-
-    @property
-    def steps(self) -> int:
-        """Evaluations of a picture."""
-        return max(self._steps)
-
-    def table(self, weights: list[float]) -> Tensor:
-        """[T + 1, T + 1]: of running at step i and next at step j, the sum of what each step k between costs, times
-        weights[k]; infinite where it was not measured."""
-        steps = self.steps
-        table = torch.full((steps + 1, steps + 1), torch.inf, dtype=torch.float64)
-        for i in range(steps):
-            total = 0.0
-            table[i, i + 1] = 0.0
-            for k in range(i + 1, min(steps, i + self.farthest + 1)):
-                if (i, k) not in self._costs:
-                    break
-                total += self._costs[i, k] * weights[k]
-                table[i, k + 1] = total
-        return table
-
-
-def _guided(u: Tensor, c: Tensor, here: Moment) -> Tensor:
-    return c if here.scale is None else u + here.scale * (c - u)
-
-
-def _moved(here: Moment, error: Tensor) -> float:
-    """How far an error of the network's answer moves the end of a first-order step, summed over rows."""
-    node, target = here.node, here.target
-    error = error.float()
-    if node is not None and target is not None and node.end is not None:
-        p = Prediction.of(target, error, torch.zeros_like(error), node)
-        error = p.mix(x0=node.end.alpha, eps=node.end.sigma)
-    return float(error.flatten(1).norm(dim=1).sum())
-
-
 def plan(
     pipe: Any, prompts: Sequence[str], budget: float, base: Recipe | None = None, *, seed: int = 0, branch: int = 0,
     farthest: int = FARTHEST, batch: int = 8, tick: Callable[[int], None] = lambda n: None, **call: Any,
 ) -> Plan:  # fmt: skip
     """The fewest full evaluations whose pictures stay within `budget` of those without reuse.
-
-    One run measures, for every two steps, how far the end of the step moves if the later one reuses what the earlier
-    one kept. `PARTS` runs, each with every other step of one part reused, tell how much of such moves is left at the
-    end. From that table dynamic programming (`fit.shortest`) has, for every number of full evaluations, the steps whose
-    costs sum least. Costs do not add up exactly, so the number is found by halving, on the real distance: five runs or
-    so.
 
     Args:
         budget: relative distance of the latents, over their norm, mean over the prompts' pictures.
@@ -156,6 +59,23 @@ def plan(
 
     Raises:
         CannotPlan: the recipe has a cache already, or no plan is within the budget.
+    """
+    return measured(pipe, prompts, base, seed=seed, branch=branch, farthest=farthest, batch=batch, tick=tick,
+                    **call).plan(budget)  # fmt: skip
+
+
+def measured(
+    pipe: Any, prompts: Sequence[str], base: Recipe | None = None, *, seed: int = 0, branch: int = 0,
+    farthest: int = FARTHEST, batch: int = 8, tick: Callable[[int], None] = lambda n: None, **call: Any,
+) -> Costs:  # fmt: skip
+    """What reusing costs this pipeline, for plans of any budget.
+
+    One run measures, for every two steps, how far the end of the step moves if the later one reuses what the earlier
+    one kept, and what weights the last two residuals need to come nearest to the one that is not computed (`Probe`).
+    `PARTS` runs, each with every other step of one part reused, tell how much of such moves is left at the end.
+
+    Raises:
+        CannotPlan: the recipe has a cache already.
     """
     base, seeds = base or Recipe.from_dict({}), [seed + i for i in range(len(prompts))]
     probe = Probe(branch=branch, farthest=farthest)
@@ -172,48 +92,97 @@ def plan(
         tick(1)
         return made.flatten(1).double()
 
-    want = ends(probe)
-    size, steps = want.norm(dim=1), probe.steps
-    tried: dict[int, tuple[float, Planned]] = {}
-
-    def distance(compute: Sequence[int]) -> tuple[float, Planned]:
-        chosen = Planned(compute=tuple(compute), steps=steps, branch=branch)
-        return float(((ends(chosen) - want).norm(dim=1) / size).mean()), chosen
-
-    plain, weights = probe.table([1.0] * steps), []
-    for part in range(PARTS):
-        begin, end = (round(1 + (steps - 1) * p / PARTS) for p in (part, part + 1))
-        spared = [k for k in range(begin, end) if (k - begin) % 2 == 0 and bool(plain[k - 1, k + 1].isfinite())]
-        cost = float(sum(plain[k - 1, k + 1] for k in spared))
-        real = distance([k for k in range(steps) if k not in spared])[0] if cost else 0.0
-        weights += [real / cost if cost else 1.0] * (end - begin)
-    table = probe.table([1.0, *weights])
-
-    def off(count: int) -> float:
-        tried[count] = distance(shortest(table, count)[:-1])
-        return tried[count][0]
-
-    fewest = -(-steps // (farthest + 1))
-    low, high = max(1, fewest - 1), steps  # too few for sure or by trial; enough by trial or for sure
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _possible(table, middle) and off(middle) <= budget else (middle, high)
-    if high == steps or high not in tried:
-        raise CannotPlan(
-            f"no step can be spared within {budget}: the least that one costs is {least(table):.3g}; allow more"
-        )
-    measured, chosen = tried[high]
-    compute = list(chosen.compute)
-    foretold = float(sum(table[a, b] for a, b in zip(compute, [*compute[1:], steps], strict=True)))
-    recipe = base.model_copy(update={"methods": (*base.methods, chosen)})
-    return Plan(recipe, foretold, measured, high, steps)
+    costs = Costs(base, probe, ends, ends(probe))
+    costs.weigh()
+    return costs
 
 
-def _possible(table: Tensor, count: int) -> bool:
-    way = shortest(table, count)
-    return all(bool(table[a, b].isfinite()) for a, b in pairwise(way))
+@dataclass
+class Costs:
+    """Measured costs of reuse.
+
+    Attributes:
+        base: what they are of.
+        ends: methods -> the latents that the prompts end in with them, [N, ...].
+        want: those without reuse.
+        weights: of each evaluation, how much of its error is left at the end.
+        tried: full evaluations -> (distance, plan), what was tried so far.
+    """
+
+    base: Recipe
+    probe: Probe
+    ends: Callable[..., Tensor]
+    want: Tensor
+    weights: list[float] = field(default_factory=list)
+    tried: dict[int, tuple[float, Planned]] = field(default_factory=dict)
+
+    def weigh(self) -> None:
+        """Finds the weights, by a run for each part."""
+        steps = self.probe.steps
+        self.weights, plain = [1.0], self.probe.table([1.0] * steps)
+        for part in range(PARTS):
+            begin, end = (round(1 + (steps - 1) * p / PARTS) for p in (part, part + 1))
+            spared = [k for k in range(begin, end, 2) if bool(plain[:, k - 1, k + 1].isfinite().any())]
+            compute = [k for k in range(steps) if k not in spared]
+            cost = self._sum(plain, [*compute, steps])
+            real = self.distance(compute)[0] if cost else 0.0
+            self.weights += [real / cost if cost else 1.0] * (end - begin)
+
+    def plan(self, budget: float) -> Plan:
+        """The fewest full evaluations within `budget`. Dynamic programming has, for every number of them, those whose
+        costs sum least; costs do not add up exactly, so the number is found by halving, on the real distance: five runs
+        or so.
+
+        Raises:
+            CannotPlan: no plan is within the budget.
+        """
+        steps, table = self.probe.steps, self.probe.table(self.weights)
+        fewest = -(-steps // (self.probe.farthest + 1))
+        low, high = max(1, fewest - 1), steps  # too few for sure or by trial; enough by trial or for sure
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = self._possible(table, middle) and self._try(table, middle) <= budget
+            low, high = (low, middle) if enough else (middle, high)
+        if high == steps or high not in self.tried:
+            raise CannotPlan(
+                f"no step can be spared within {budget}: the least that one costs is {least(table):.3g}; allow more"
+            )
+        measured, chosen = self.tried[high]
+        recipe = self.base.model_copy(update={"methods": (*self.base.methods, chosen)})
+        return Plan(recipe, self._sum(table, [*chosen.compute, steps]), measured, high, steps)
+
+    def distance(self, compute: Sequence[int]) -> tuple[float, Planned]:
+        """How far a plan moves the latents, and the plan."""
+        steps, probe = self.probe.steps, self.probe
+        mix: list[tuple[float, ...]] = []
+        kept: list[int] = []
+        for k in range(steps):
+            if k in compute:
+                kept.append(k)
+                mix.append((1.0,))
+            else:
+                mix.append(probe.weights(kept[-2] if len(kept) > 1 else None, kept[-1], k))
+        mixed = tuple(mix) if any(m != (1.0,) for m in mix) else ()
+        chosen = Planned(compute=tuple(compute), steps=steps, branch=probe.branch, mix=mixed)
+        size = self.want.norm(dim=1)
+        return float(((self.ends(chosen) - self.want).norm(dim=1) / size).mean()), chosen
+
+    def _try(self, table: Tensor, count: int) -> float:
+        if count not in self.tried:
+            self.tried[count] = self.distance(shortest_pairs(table, count)[:-1])
+        return self.tried[count][0]
+
+    def _possible(self, table: Tensor, count: int) -> bool:
+        return self._sum(table, shortest_pairs(table, count)) < torch.inf
+
+    @staticmethod
+    def _sum(table: Tensor, way: Sequence[int]) -> float:
+        before = [0, *way]
+        return float(sum(table[h, i, j] for h, (i, j) in zip(before, pairwise(way), strict=False)))
 
 
 def least(table: Tensor) -> float:
     """What the cheapest single reuse costs."""
-    return float(table.diagonal(2).min()) if len(table) > 2 else torch.inf
+    steps = len(table) - 1
+    spared = [float(table[max(i - 1, 0), i, i + 2]) for i in range(steps - 1)]
+    return min(spared, default=torch.inf)
