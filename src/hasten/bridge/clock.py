@@ -52,6 +52,7 @@ class Clock:
         self._nodes: list[Node] = []
         self._run = self._step = self._branch = 0
         self._offset: int | None = None
+        self._sizes: dict[int, tuple[int, ...]] = {}  # of each network's input, less its batch
 
     def install(self, scheduler: Any, networks: list[nn.Module]) -> Patch:
         """Wraps the scheduler's `set_timesteps` and `step`, and each network's forward."""
@@ -75,6 +76,7 @@ class Clock:
 
     def _forward(self, scheduler: Any, which: int) -> Callable[..., Any]:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._sized(which, args, kwargs)
             here = self._moment(scheduler, which, args, kwargs)
             self._branch += 1
             before, began = self._reused(), time.perf_counter()
@@ -89,6 +91,14 @@ class Clock:
             return out
 
         return around
+
+    def _sized(self, which: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What was kept of another size is of no use: from where a solver resizes its state on, it is another run."""
+        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        if isinstance(x, Tensor) and self._branch == 0:
+            size = tuple(x.shape[1:])
+            self._run += self._sizes.get(which, size) != size
+            self._sizes[which] = size
 
     def _reused(self) -> int:
         return sum(tally["reused"] for tally in self.tallies)

@@ -13,6 +13,7 @@ from torch import nn
 from hasten.bridge.clock import Clock
 from hasten.bridge.process import process
 from hasten.bridge.scheduler import Lay, SolverScheduler
+from hasten.bridge.sizes import Sizes, resizes
 from hasten.grid import at, build
 from hasten.method import apply_all
 from hasten.patch import Patch
@@ -56,7 +57,7 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
     try:
         for name, net in nets.items():
             done += [(f"{m.label()} on {name}", patch) for m, patch in apply_all(recipe.all_methods(), net)]
-        done.append(("scheduler", _scheduler(pipe, recipe)))
+        done.append(("scheduler", _scheduler(pipe, recipe, list(nets.values()))))
         try:
             known = process(_base(pipe.scheduler))
         except ValueError:
@@ -73,15 +74,19 @@ def put(pipe: Any, recipe: Recipe) -> tuple[Clock, list[tuple[str, Patch]]]:
     return clock, done
 
 
-def _scheduler(pipe: Any, recipe: Recipe) -> Patch:
+def _scheduler(pipe: Any, recipe: Recipe, nets: list[nn.Module]) -> Patch:
     with Patch() as patch:
         solver = recipe.solving()
         if solver is not None:
+            sizes = Sizes(type(pipe).__name__) if resizes(solver) else None
+            solver = solver if sizes is None else sizes.around(solver)
             try:
                 base, refines = _base(pipe.scheduler), recipe.noise == "path"
                 patch.set(pipe, "scheduler", SolverScheduler(base, solver, _lay(recipe), refines))
             except ValueError as error:
                 raise RecipeError(str(error)) from None
+            if sizes is not None:
+                sizes.watch(patch, pipe, nets)
         return patch.keep()
 
 

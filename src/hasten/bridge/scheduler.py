@@ -88,6 +88,11 @@ class SolverScheduler:
         return float(self.base.init_noise_sigma / (self.base.sigmas.max() ** 2 + self.process.unit**2) ** 0.5)
 
     @property
+    def running(self) -> bool:
+        """Between the first step of a trajectory and its last."""
+        return self._running is not None
+
+    @property
     def begin_index(self) -> int | None:
         """Where in `timesteps` the pipeline said it starts."""
         return self._begin
