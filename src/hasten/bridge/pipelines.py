@@ -13,7 +13,7 @@ from torch import nn
 from hasten.bridge.clock import Clock
 from hasten.bridge.process import process
 from hasten.bridge.scheduler import Lay, SolverScheduler
-from hasten.bridge.sizes import Sizes, resizes
+from hasten.bridge.sizes import Sizes
 from hasten.grid import at, build
 from hasten.method import apply_all
 from hasten.patch import Patch
@@ -78,7 +78,7 @@ def _scheduler(pipe: Any, recipe: Recipe, nets: list[nn.Module]) -> Patch:
     with Patch() as patch:
         solver = recipe.solving()
         if solver is not None:
-            sizes = Sizes(type(pipe).__name__) if resizes(solver) else None
+            sizes = Sizes(type(pipe).__name__) if solver.resizes else None
             solver = solver if sizes is None else sizes.around(solver)
             try:
                 base, refines = _base(pipe.scheduler), recipe.noise == "path"

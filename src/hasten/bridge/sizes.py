@@ -22,11 +22,6 @@ from hasten.places import lattice
 from hasten.solvers.declare import Solver, Steps
 
 
-def resizes(solver: Solver) -> bool:
-    """Whether the states of a solver change their size: its file then says `resizes = True` at its top level."""
-    return bool(getattr(solver.run, "__globals__", {}).get("resizes", False))
-
-
 class Sizes:
     """Stands between a solver that resizes and the networks of a pipeline.
 

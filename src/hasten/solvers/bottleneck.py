@@ -22,11 +22,8 @@ from hasten.solvers.unipc import unipc
 BASES = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
 Sides = tuple[int, ...]
 
-resizes = True
-"""States of this file's solver change their size; a pipeline's network is then told so (`bridge.sizes`)."""
 
-
-@solver(order=0, stochastic=True, systems=("bottleneck-sampling",))
+@solver(order=0, stochastic=True, resizes=True, systems=("bottleneck-sampling",))
 def bottleneck(
     x: Tensor, grid: Grid, noise: Noise, *,
     base: Literal["ddim", "euler", "dpmpp_2m", "unipc"] = "ddim",

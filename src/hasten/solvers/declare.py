@@ -58,6 +58,7 @@ class Solver:
         asks: for predictions at points, for batches of times, or for derivatives along the path as well.
         few: made for networks that were distilled to few steps; of no order.
         fitted: has settings that only a fit to a model gives; of no order.
+        resizes: its states change their size on the way.
         systems: ids of the catalogue that it implements.
         settings: what was given for the keyword-only parameters of `run`.
     """
@@ -71,6 +72,7 @@ class Solver:
     asks: Asks = "points"
     few: bool = False
     fitted: bool = False
+    resizes: bool = False
     systems: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,7 +137,8 @@ class Solver:
 
 def solver(
     order: Claim, calls: Claim = 1, *, weak: int = 0, stochastic: Claim = False, adaptive: bool = False,
-    asks: Asks = "points", few: bool = False, fitted: bool = False, systems: tuple[str, ...] = (),
+    asks: Asks = "points", few: bool = False, fitted: bool = False, resizes: bool = False,
+    systems: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Solver]:  # fmt: skip
     """Declares a generator function (x, grid, *, settings), or (x, grid, noise, *, settings), as a solver."""
-    return lambda run: Solver(run, order, calls, weak, stochastic, adaptive, asks, few, fitted, systems)
+    return lambda run: Solver(run, order, calls, weak, stochastic, adaptive, asks, few, fitted, resizes, systems)
