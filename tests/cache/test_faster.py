@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import hasten
 from caches import ALL, TEXT, TWICE, Broken, breaking, built, comes_clean, counted, driven, neutral, on, prompted
 from families import _unet
-from hasten import moment
+from hasten import Recipe, moment
 from hasten.anatomy import anatomy
 from hasten.bridge.pipelines import networks
 from hasten.cache.faster import Faster, carried, low_frequencies
@@ -218,3 +219,15 @@ def test_branches_runs_forms_and_broken_forwards_are_kept_apart() -> None:
                     net(torch.cat([x, y]), 500.0, **pairs)
             assert patch.tally["halved"] == min(step, 1)
     assert torch.equal(at("cond", y, 1, 5), plain)
+
+
+def test_a_call_that_a_guidance_adds_does_not_take_the_conditional_answer() -> None:
+    """Perturbed-attention guidance calls the network once more between the two branches."""
+    pipe, _ = built("wan")
+    spared = []
+    for more in ([], ["guidance.perturbed"]):
+        recipe = Recipe.from_dict({"methods": [{"cache.faster": {"start": 0.0, "every": 1}}, *more]})
+        with hasten.accelerate(pipe, recipe) as handle:
+            ALL["wan"].call(pipe)
+            spared.append(sum(patch.tally["spared"] for _, patch in handle.patches))
+    assert spared[0] == spared[1] > 0

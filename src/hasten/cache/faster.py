@@ -121,8 +121,9 @@ class Faster(Method):
                 out = forward(*args, **kwargs)
                 state.keep(here, _second(x), *split(said(out)))
                 return out
-            cond = state.cond.take(here)
-            if here.branch == "uncond" and cond is not None:
+            # another call of the same evaluation, as a guidance makes, leaves it for the unconditional one
+            cond = state.cond.take(here) if here.branch == "uncond" else None
+            if cond is not None:
                 c = said(cond)
                 if not self.whole(here) and state.usable(here, x):
                     patch.tally["spared"] += 1
