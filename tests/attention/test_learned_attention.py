@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 
 from digits_dit import distance, drawn, held_out, learn, trained
 from families import FAMILIES
+from families_more import MORE
 from hasten import Recipe, accelerate
 from hasten.attention.learned import Learned
 from hasten.attention.linear import Hedgehog, Linear
@@ -226,3 +227,14 @@ def test_the_maps_of_hedgehog_are_positive_of_sum_one_and_tell_signs_apart() -> 
     for x, phi in ((q, phi_q), (k, phi_k)):
         assert phi.shape[-1] == 16
         torch.testing.assert_close(phi, torch.cat([x, -x], -1).mul(8**-0.25).softmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_an_attention_that_is_called_row_by_row_is_one_attention() -> None:
+    """As Mochi's."""
+    family = next(f for f in MORE if f.name == "mochi")
+    pipe = family.build()
+    patch, learned = Sla(queries=4, keys=4).tunable(pipe.transformer)
+    with patch:
+        family.call(pipe)
+    assert len(learned.layers) == len(pipe.transformer.transformer_blocks)

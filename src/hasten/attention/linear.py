@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hasten.attention.learned import Learned
-from hasten.attention.words import among_places, computed
+from hasten.attention.words import among_places, computed, running
 from hasten.kernels.linear_attention import linear_attention
 from hasten.method import Method, Part, Stage
 from hasten.patch import Patch
@@ -76,11 +76,12 @@ def signed(x: Tensor) -> Tensor:
 
 
 def _compute(learned: Learned, places: Places, names: tuple[str, ...], call: Call) -> Tensor:
-    layer = learned.of(names[call.which], call.query)
+    name = running(names, call)
+    layer = learned.of(name, call.query)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, tail: int, bias: Tensor | None) -> Tensor:
         if layer is None and len(learned.layers):
-            raise ValueError(f"the file of attention.linear has no maps for {names[call.which]}: tune this network")
+            raise ValueError(f"the file of attention.linear has no maps for {name}: tune this network")
         scale = q.shape[-1] ** -0.25
         phi_q, phi_k = (signed(q * scale), signed(k * scale)) if layer is None else layer(q, k)
         return linear_attention(phi_q, phi_k, v, bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hasten.attention.blocks import scores, tiles_of
 from hasten.attention.learned import Learned
-from hasten.attention.words import among_places, computed, ordered
+from hasten.attention.words import among_places, computed, ordered, running
 from hasten.kernels.block_sparse import block_attention
 from hasten.kernels.linear_attention import Feature, feature_map, linear_attention, marginal_attention
 from hasten.method import Method, Part, Stage
@@ -71,7 +71,7 @@ class Sla(Method):
         return computed(model, "attention.sla", compute)
 
     def _compute(self, learned: Learned, places: Places, names: tuple[str, ...], call: Call) -> Tensor:
-        grid, layer = places.grid(call.at.stop - call.at.start), learned.of(names[call.which], call.query)
+        grid, layer = places.grid(call.at.stop - call.at.start), learned.of(running(names, call), call.query)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, tail: int, bias: Tensor | None) -> Tensor:
             near, places = (self.queries, self.keys), k.shape[2] - tail

@@ -39,6 +39,17 @@ def computed(
         return patch.keep()
 
 
+def running(names: tuple[str, ...], call: Call) -> str:
+    """Which of a block's attentions a call is of. Raises Refused where it is called in parts and cannot be told."""
+    if len(names) == 1:  # Mochi's runs once for each row
+        return names[0]
+    if call.which >= len(names):
+        raise Refused(
+            f"the attentions of {names[0]} and its block run in parts that cannot be told apart: leave it out"
+        )
+    return names[call.which]
+
+
 def among_places(call: Call, attend: Attend) -> Tensor:
     """The places' queries attend by `attend`, to the places' keys and, at their end, those of the words; the words'
     queries, which are few, to everything, densely.
