@@ -12,8 +12,13 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, create_model
 from pydantic.fields import FieldInfo
+from torch import nn
 
 from hasten.method import Method
+from hasten.patch import Patch
+
+Recorder = Callable[[nn.Module, Any], tuple[Patch, Callable[[], Method]]]
+"""(network, method) -> what watches the network, and what then gives the method with the settings it measured."""
 
 METHOD_ROOMS = ("runtime", "quant", "attention", "tokens", "cache", "guidance")
 
@@ -62,6 +67,16 @@ def methods() -> dict[str, type[Method]]:
     names = [f"{room}.{name}" for room in METHOD_ROOMS for name in files(room)]
     found = {n: _method_in(f"hasten.{n}") for n in names}
     return {n: m for n, m in found.items() if m is not None}
+
+
+def recorder(label: str) -> Recorder:
+    """How the settings of a method are measured on a network: the function `recorder` of its file. Raises ValueError
+    with the methods that have one."""
+    method(label)
+    found = {n: getattr(import_module(f"hasten.{n}"), "recorder", None) for n in methods()}
+    if (one := found[label]) is None:
+        raise ValueError(f"{label} has nothing to record; these have: {', '.join(n for n, f in found.items() if f)}")
+    return one
 
 
 def _method_in(module: str) -> type[Method] | None:

@@ -26,6 +26,7 @@ OPTIONS = {
         "out",
         "prompts",
         "recipe",
+        "record",
         "search",
         "seed",
         "solver",
@@ -118,6 +119,22 @@ def test_fit_cache_writes_a_plan_within_its_budget(
     assert recipe.steps == 6
     assert run(monkeypatch, *fit, "--recipe", str(out)) == 2
     assert "the recipe has a cache already" in capsys.readouterr().err
+
+
+def test_fit_record_writes_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.write(sd3_with_words(), tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(3)))
+    out, words = tmp_path / "mag.yaml", ["--steps", "5", "--count", "3", "--prompts", str(tmp_path / "prompts.txt")]
+    fit = ["fit", str(tmp_path / "tiny"), *words, "--out", str(out), "--record"]
+    assert run(monkeypatch, *fit, "cache.magnitude") == 0
+    recipe = Recipe.load(out)
+    (method,) = recipe.methods
+    assert (method.label(), len(method.ratios), recipe.steps) == ("cache.magnitude", 4, 5)  # type: ignore[attr-defined]
+    assert run(monkeypatch, *fit, "cache.interval") == 2
+    said = capsys.readouterr().err
+    assert "cache.interval has nothing to record; these have: cache.block, cache.magnitude, cache.tea" in said
 
 
 def test_methods_json_is_what_others_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

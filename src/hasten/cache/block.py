@@ -213,3 +213,9 @@ def _student(patch: Patch, unit: Unit, decide: Decide, found: Fitting) -> None:
 
     reuse(patch, (unit,), decide, taken=taken)
     patch.wrap(unit.module, around)
+
+
+def recorder(model: nn.Module, method: Block) -> tuple[Patch, Callable[[], Block]]:
+    """`measure`, and what then gives `method` with the table measured."""
+    patch, found = measure(model)
+    return patch, lambda: Block(**{**dict(method), "table": found.table()})

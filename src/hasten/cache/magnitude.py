@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -142,3 +142,15 @@ def record(model: nn.Module) -> tuple[Patch, Meter]:
         for chain in chains:
             reuse(patch, chain, lambda here: False, taken=meter.taken)
         return patch.keep(), meter
+
+
+def recorder(model: nn.Module, method: Magnitude) -> tuple[Patch, Callable[[], Magnitude]]:
+    """`record`, and what then gives `method` with the ratios measured."""
+    patch, meter = record(model)
+
+    def found() -> Magnitude:
+        if not meter.done:
+            raise ValueError("no trajectory of two steps or more came to its end: draw whole pictures")
+        return Magnitude(**{**dict(method), "ratios": mean(list(meter.done.values()))})
+
+    return patch, found

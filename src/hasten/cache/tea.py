@@ -182,3 +182,9 @@ def record(model: nn.Module) -> tuple[Patch, list[tuple[float, float]]]:
             patch.wrap(chain[0].module, watch(chain[0]))
         patch.wrap(model, end)
         return patch.keep(), pairs
+
+
+def recorder(model: nn.Module, method: Tea) -> tuple[Patch, Callable[[], Tea]]:
+    """`record`, and what then gives `method` with the coefficients found."""
+    patch, pairs = record(model)
+    return patch, lambda: Tea(**{**dict(method), "coefficients": fit(pairs)})

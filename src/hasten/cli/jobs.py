@@ -117,6 +117,28 @@ def fit_cache(
     console.print(f"recipe: {out}", highlight=False)
 
 
+def fit_record(
+    model: str, label: str, steps: int | None, out: Path, prompts: Path | None, count: int, seed: int,
+    recipe: Path | None, device: str | None,
+) -> None:  # fmt: skip
+    """The recipe with a method whose settings were measured, in `out`."""
+    from hasten.fit.record import record
+
+    console = Console()
+    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
+    base = base.model_copy(update={"steps": steps}) if steps else base
+    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
+    _writable(out.parent)
+    pipe = load(model, device)
+    with console.status(f"drawing {len(given)} pictures"):
+        try:
+            found = record(pipe, given, label, base, seed=seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    found.save(out, f"{label} as recorded by hasten on {model}")
+    console.print(f"recipe: {out}", highlight=False)
+
+
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of the prompts, evenly over the list. Raises UserError where there are fewer than 3."""
     if len(prompts) < 3:

@@ -69,6 +69,9 @@ def fit(
         float | None,
         typer.Option(min=0, max=1, help="fit when to recompute: how far pictures may move, relative, such as 0.05"),
     ] = None,
+    record: Annotated[
+        str | None, typer.Option(help="measure the settings of this method instead: cache.tea, cache.magnitude ...")
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help="fit the times of this one (see `hasten methods`); absent: fit its weights too")
     ] = None,
@@ -88,9 +91,14 @@ def fit(
 
     With --cache, fit which evaluations run in full instead, the others reusing what these kept: hasten fit emoji-flow
     --cache 0.05 --out cached.yaml
+
+    With --record, measure what a method must know of a model: hasten fit emoji-flow --record cache.tea --out tea.yaml
     """
     from hasten.cli import jobs
 
+    if record is not None:
+        jobs.fit_record(model, record, steps, out, prompts, count, seed, recipe, device)
+        return
     if cache is not None:
         jobs.fit_cache(model, cache, steps, out, prompts, count, seed, recipe, device)
         return
