@@ -64,7 +64,9 @@ def benchmarks() -> str:
         "`make bench` runs them all. Every number here is read from `benchmarks/results/`.\n",
     ]
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        if file.stem.startswith(("solvers-", "compatibility")):  # thousands of rows, which pages of their own sum up
+        if file.stem.startswith(
+            ("solvers-", "compatibility", "caches")
+        ):  # thousands of rows, which pages of their own sum up
             continue
         script = ROOT / "benchmarks" / f"{file.stem}.py"
         about = script.read_text(encoding="utf-8").split('"""')[1] if script.exists() else f"{file.stem}\n"
