@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from hasten.picture import Call, attending
 
 class Exact(Method):
     """All attention of this network's blocks, of this one network alone, runs on one backend: torch's flash, cuDNN,
-    memory-efficient, flex or plain kernels, hasten's tiles in plain operators, or FlashAttention 2 and 3 where their
+    memory-efficient, flex or plain kernels, hasten's tiles and rows in plain operators, or FlashAttention 2 and 3 where their
     packages are installed. Same numbers to rounding. auto times all that take the network's shapes, once a shape, and
     keeps torch's choice where none is clearly faster; sdpa changes nothing.
 
@@ -30,7 +31,7 @@ class Exact(Method):
     from_tokens: ClassVar = 1024
 
     backend: Literal[
-        "auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex", "tiled", "flash_attn_2", "flash_attn_3"
+        "auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex", "tiled", "rows", "flash_attn_2", "flash_attn_3"
     ] = Field("auto", json_schema_extra={"fixed": True})
 
     def apply(self, model: nn.Module) -> Patch:
@@ -60,4 +61,6 @@ class Exact(Method):
             name = fastest(q.device.type, q.dtype, tuple(q.shape), tuple(k.shape), mask)
         else:
             name = check(self.backend, q.device.type)
+        if name == "rows" and torch.compiler.is_compiling():
+            name = None  # its loops would be written out
         return call.run() if name is None else attend(name, q, k, v, call.mask)
