@@ -19,7 +19,8 @@ class Exact(Method):
     """All attention of this network's blocks, of this one network alone, runs on one backend: torch's flash, cuDNN,
     memory-efficient, flex or plain kernels, hasten's tiles in plain operators and rows (two products at a time, for
     CPUs), or FlashAttention 2 and 3 where their packages are installed. Same numbers to rounding. auto times all that
-    take the network's shapes, once a shape, and keeps torch's choice where none is clearly faster; sdpa changes nothing.
+    take the network's shapes, once a shape, and keeps torch's choice where none is clearly faster; sdpa changes
+    nothing.
 
     Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.
     """
