@@ -68,6 +68,13 @@ class Call:
     more: dict[str, Any] | None = None
     which: int = 0
 
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of as many heads as there are of queries."""
+        times = self.query.shape[1] // self.key.shape[1]
+        if times == 1:
+            return self.key, self.value
+        return self.key.repeat_interleave(times, 1), self.value.repeat_interleave(times, 1)
+
     def run(self) -> Tensor:
         """As torch computes it."""
         return attend(self.query, self.key, self.value, self.mask, self.dropout, self.causal, **self.more or {})

@@ -61,8 +61,7 @@ def spots(model: nn.Module, label: str, of: Literal["any", "pictures", "videos"]
             f"{label} works on attention among tokens, and {name} has none in transformer blocks: leave it out"
         )
     for spot in found:
-        code = _code(spot.site.module).__code__
-        if not SOFTMAX & set(code.co_names):
+        if not is_softmax(spot.site.module):
             raise Refused(
                 f"{label} saves where attention costs tokens squared; that of {spot.site.name} is no softmax: leave "
                 "the method out"
@@ -156,6 +155,11 @@ def lattice(model: nn.Module, given: dict[str, Any]) -> Grid | None:
 def generator(seed: int, index: int) -> torch.Generator:
     """Random numbers of one block at the evaluation that runs: the same in every trajectory, and on both branches."""
     return torch.Generator().manual_seed(((seed * 65_537 + now().step) * 65_537 + index) % 2**63)
+
+
+def is_softmax(attention: nn.Module) -> bool:
+    """Whether it computes softmax attention, by itself or through diffusers."""
+    return bool(SOFTMAX & set(_code(attention).__code__.co_names))
 
 
 def _code(module: nn.Module) -> Any:

@@ -101,13 +101,19 @@ def test_fit_writes_a_recipe_that_says_what_it_gained(
     assert [m.label() for m in recipe.methods] == ["tokens.fold"]
 
 
+def asked(tmp_path: Path, steps: int, out: Path) -> list[str]:
+    """A tiny pipeline and three prompts on disk, and the words that ask for a fit of them into `out`."""
+    folders.write(sd3_with_words(), tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(3)))
+    prompts = ["--count", "3", "--prompts", str(tmp_path / "prompts.txt")]
+    return ["fit", str(tmp_path / "tiny"), "--steps", str(steps), *prompts, "--out", str(out)]
+
+
 def test_fit_cache_writes_a_plan_within_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders.write(sd3_with_words(), tmp_path / "tiny")
-    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(3)))
-    out, words = tmp_path / "cached.yaml", ["--steps", "6", "--count", "3", "--prompts", str(tmp_path / "prompts.txt")]
-    fit = ["fit", str(tmp_path / "tiny"), "--cache", "0.3", *words, "--out", str(out)]
+    out = tmp_path / "cached.yaml"
+    fit = [*asked(tmp_path, 6, out), "--cache", "0.3"]
     assert run(monkeypatch, *fit) == 0
     said, recipe = capsys.readouterr().out, Recipe.load(out)
     (plan,) = recipe.methods
@@ -124,10 +130,8 @@ def test_fit_cache_writes_a_plan_within_its_budget(
 def test_fit_record_writes_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders.write(sd3_with_words(), tmp_path / "tiny")
-    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {i} of a thing" for i in range(3)))
-    out, words = tmp_path / "mag.yaml", ["--steps", "5", "--count", "3", "--prompts", str(tmp_path / "prompts.txt")]
-    fit = ["fit", str(tmp_path / "tiny"), *words, "--out", str(out), "--record"]
+    out = tmp_path / "mag.yaml"
+    fit = [*asked(tmp_path, 5, out), "--record"]
     assert run(monkeypatch, *fit, "cache.magnitude") == 0
     recipe = Recipe.load(out)
     (method,) = recipe.methods

@@ -53,9 +53,7 @@ class Exact(Method):
         more = dict(call.more or {})
         if more.pop("scale", None) is not None or call.causal or call.dropout:
             return call.run()  # not what these kernels are called with
-        q, k, v = call.query, call.key, call.value
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        q, (k, v) = call.query, call.heads()
         name: Backend | None
         if self.backend == "auto":
             mask = None if call.mask is None else tuple(call.mask.shape)

@@ -57,9 +57,7 @@ class Sage(Method):
     def _compute(self, patch: Patch, chosen: dict[Any, Setting | None], call: Call) -> Tensor:
         if call.mask is not None or call.causal:
             return call.run()
-        q, k, v = call.query, call.key, call.value
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        q, (k, v) = call.query, call.heads()
         setting: Setting | None = Setting(self.bits, self.values, self.smooth_q, granularity=self.granularity)
         if self.adaptive and not torch.compiler.is_compiling():
             key = call.which, q.shape, k.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from hasten.kernels.flash import added
 from hasten.method import Refused
 from hasten.patch import Patch
 from hasten.picture import Call, attending
@@ -59,9 +60,8 @@ def among_places(call: Call, attend: Attend) -> Tensor:
     """
     if call.causal:
         raise Refused("causal attention is not served by sparse methods: leave the method out")
-    query, at = call.query, call.at
-    key, value = (_heads(x, query.shape[1]) for x in (call.key, call.value))
-    bias = _bias(call.mask, query)
+    query, at, (key, value) = call.query, call.at, call.heads()
+    bias = _bias(call.mask)
     tail = key.shape[2] - (at.stop - at.start)
     if tail == 0:
         return attend(query, key, value, 0, bias)
@@ -86,19 +86,10 @@ def ordered(attend: Attend, order_N: Tensor) -> Attend:
     return run
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _bias(mask: Tensor | None) -> Tensor | None:
     """A mask that is the same for all queries and heads, as numbers that are added, [B or 1, L]."""
     if mask is None:
         return None
     if any(mask.shape[i] != 1 for i in range(max(0, mask.ndim - 3), mask.ndim - 1)):
         raise Refused("a mask that tells other keys to other queries is not served by sparse attention: leave it out")
-    flat = mask.reshape(-1, mask.shape[-1])
-    return (
-        flat.float()
-        if flat.is_floating_point()
-        else torch.zeros_like(flat, dtype=torch.float32).masked_fill(~flat, -torch.inf)
-    )
+    return added(mask.reshape(-1, mask.shape[-1]), torch.float32)

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hasten.anatomy import anatomy
-from hasten.cache.hold import Form, first_tensor, form
+from hasten.cache.hold import Form, first_tensor, form, same
 from hasten.halves import CONTEXT, batch, context
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
@@ -134,7 +134,7 @@ class _Encoded:
         if here.step not in self.plan:
             return None
         time, out = self.plan.pop(here.step)
-        if here.ahead[:1] == (time,) and _same(self.asked, _others(args, kwargs)):
+        if here.ahead[:1] == (time,) and same(self.asked, _others(args, kwargs)):
             return out
         self.plan, self.alone = {}, True
         return None
@@ -205,18 +205,6 @@ def _rows(value: Any, start: int, count: int, size: int) -> Any:
 def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """All that a U-Net is given besides state and time."""
     return [*args[2:], *(v for k, v in kwargs.items() if k not in ("sample", "timestep"))]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and bool(one == other)
 
 
 def _stacked(

@@ -89,3 +89,14 @@ def _versions(out: Any) -> tuple[int, ...]:
         return () if out.is_inference() else (out._version,)
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, list | tuple) else ()
     return tuple(v for part in parts for v in _versions(part))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two inputs of a network are the same, tensors by their numbers."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same(v, w) for v, w in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)

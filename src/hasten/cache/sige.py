@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hasten.anatomy import anatomy
 from hasten.cache.edited import edits
-from hasten.cache.hold import first_tensor
-from hasten.cache.original import FAINTEST, Call, Edit, Original, State, same
+from hasten.cache.hold import first_tensor, same
+from hasten.cache.original import FAINTEST, Call, Edit, Original, State
 from hasten.cache.tiles import grow
 from hasten.halves import instead, said
 from hasten.method import Method, Part, Refused, Stage

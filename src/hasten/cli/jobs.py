@@ -100,11 +100,7 @@ def fit_cache(
     from hasten.fit.reuse import PARTS, plan
 
     console = Console()
-    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
-    base = base.model_copy(update={"steps": steps}) if steps else base
-    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
-    _writable(out.parent)
-    pipe = load(model, device)
+    base, given, pipe = _given(model, steps, out, prompts, count, recipe, device)
     with Progress(console=console) as bar:
         line = bar.add_task(f"runs of {len(given)} pictures", total=PARTS + 6)
         found = plan(pipe, given, budget, base, seed=seed, tick=lambda n: bar.advance(line, n))
@@ -125,11 +121,7 @@ def fit_record(
     from hasten.fit.record import record
 
     console = Console()
-    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
-    base = base.model_copy(update={"steps": steps}) if steps else base
-    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
-    _writable(out.parent)
-    pipe = load(model, device)
+    base, given, pipe = _given(model, steps, out, prompts, count, recipe, device)
     with console.status(f"drawing {len(given)} pictures"):
         try:
             found = record(pipe, given, label, base, seed=seed)
@@ -137,6 +129,18 @@ def fit_record(
             raise UserError(str(error)) from None
     found.save(out, f"{label} as recorded by hasten on {model}")
     console.print(f"recipe: {out}", highlight=False)
+
+
+def _given(
+    model: str, steps: int | None, out: Path, prompts: Path | None, count: int, recipe: Path | None, device: str | None
+) -> tuple[Recipe, list[str], Any]:  # fmt: skip
+    """What is measured: the recipe to go on, the prompts, and the pipeline, after a look whether `out` can be
+    written."""
+    base = Recipe.load(recipe) if recipe else Recipe.from_dict({})
+    base = base.model_copy(update={"steps": steps}) if steps else base
+    given = spread(read_prompts(prompts) if prompts else default_prompts(model), count)
+    _writable(out.parent)
+    return base, given, load(model, device)
 
 
 def spread(prompts: list[str], count: int) -> list[str]:

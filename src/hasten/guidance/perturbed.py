@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -20,9 +19,7 @@ from hasten.halves import batch, half, instead, said, split
 from hasten.method import Method, Part, Refused, Stage
 from hasten.moment import Moment, now
 from hasten.patch import Patch
-
-SOFTMAX = {"scaled_dot_product_attention", "dispatch_attention_fn"}
-"""What attention that can be perturbed calls, by itself or through diffusers."""
+from hasten.places import is_softmax
 
 Scale = Annotated[float, Field(ge=0, le=20)]
 
@@ -165,8 +162,7 @@ def chosen(model: nn.Module, layers: str) -> list[Block]:
     for block in found:
         attention: Any = _attention(block)
         processor = getattr(attention, "processor", None)
-        code = inspect.unwrap(type(attention).forward if processor is None else type(processor).__call__).__code__
-        if not SOFTMAX & set(code.co_names):
+        if not is_softmax(attention):
             raise Refused(
                 f"the attention of {block.name}, {type(processor or attention).__name__}, is no softmax over places "
                 "that the identity can replace: name other layers, or leave the method out"

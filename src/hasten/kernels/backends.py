@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.kernels.flash import tiled_attention
+from hasten.kernels.flash import added, tiled_attention
 from hasten.method import Refused
 
 Backend = Literal["flash", "cudnn", "efficient", "math", "flex", "tiled", "rows", "flash_attn_2", "flash_attn_3"]
@@ -112,11 +112,7 @@ def _backends(device: str) -> dict[Backend, Attend]:
 
 def _bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The mask in full, as numbers that are added."""
-    if mask is None:
-        return None
-    if not mask.is_floating_point():
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    return mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    return None if mask is None else added(mask, q.dtype).expand(*q.shape[:3], k.shape[2])
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

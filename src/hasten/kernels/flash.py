@@ -27,7 +27,7 @@ def tiled_attention(
     Args:
         mask: [B or 1, H or 1, N or 1, M], bool (True is seen) or added to the logits; it has no gradient.
     """
-    return _Tiled.apply(q_BHNC, k_BHMC, v_BHMC, _added(mask, q_BHNC), tile)
+    return _Tiled.apply(q_BHNC, k_BHMC, v_BHMC, None if mask is None else added(mask, _wide(q_BHNC)), tile)
 
 
 class _Tiled(torch.autograd.Function):
@@ -78,7 +78,8 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, at: slice) -> Tensor:
     return s if bias is None else s + bias[..., at]
 
 
-def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    if mask is None or mask.is_floating_point():
-        return None if mask is None else mask.to(_wide(like))
-    return torch.zeros_like(mask, dtype=_wide(like)).masked_fill(~mask, -torch.inf)
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers that are added to the logits: of bool, True is seen."""
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
