@@ -38,6 +38,7 @@ class Part(enum.StrEnum):
     SCHEDULE = "schedule"
     BATCH = "batch"
     GUIDANCE = "guidance"
+    WORDS = "words"
 
 
 class Refused(ValueError):

@@ -89,7 +89,7 @@ class Places:
     alone."""
 
     def __init__(self, patch: Patch, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._whole: Grid | None = None
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         parts = anatomy(model)
@@ -122,7 +122,7 @@ class Places:
                 if frames * side[0] * side[1] == tokens:
                     return (frames, *side), max(1, scale // self._finest)
         raise Refused(
-            f"how {tokens} tokens of {type(self._model).__name__} lie in rows and columns cannot be told from "
+            f"how {tokens} tokens of {type(self.model).__name__} lie in rows and columns cannot be told from "
             f"{self._whole}: leave the method out for this task"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from hasten import moment
 from hasten.cache.planned import reused
-from hasten.cache.residual import Kept, latest
 from hasten.denoiser import Prediction
-from hasten.fit.mixing import Products
 from hasten.halves import Conditional, said, split
 from hasten.method import Method, Part, Stage
 from hasten.moment import Moment, now
@@ -27,8 +25,7 @@ FARTHEST = 8
 class Probe(Method):
     """Measures: every evaluation runs once in full, and once on what each of the last steps kept. Each step keeps its
     own under a branch of its own, so that the caches' own rules do the rest; what the pipeline gets is the full
-    answer. Of a transformer, the inner products of the steps' residuals are summed up too: what two of them can say of
-    a third needs no run."""
+    answer."""
 
     stage: ClassVar = Stage.CACHE
     writes: ClassVar = frozenset({Part.SCHEDULE})
@@ -37,15 +34,10 @@ class Probe(Method):
     farthest: int = Field(FARTHEST, ge=1)
     _costs: dict[tuple[int, int], float] = PrivateAttr(default_factory=dict)
     _steps: list[int] = PrivateAttr(default_factory=list)
-    _products: Products = PrivateAttr(default_factory=Products)
 
     def apply(self, model: nn.Module) -> Patch:
-        cond, fresh = Conditional(), list[Tensor]()
+        cond = Conditional()
         mine: dict[str, list[int]] = {}  # steps that this network ran at, a branch
-        residuals: dict[str, dict[int, Tensor]] = {}
-
-        def taken(now_kept: Kept, before: Kept | None) -> None:
-            fresh.extend(t for t in (now_kept.x, now_kept.c) if t is not None)
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             here = now()
@@ -54,13 +46,11 @@ class Probe(Method):
                 with moment.at(replace(here, branch=f"{here.branch} {step}")):  # type: ignore[arg-type]
                     return forward(*args, **kwargs)
 
-            fresh.clear()
             answer = run(here.step)
             out, before = said(answer), mine.get(here.branch, [])
             off = {i: said(run(i)) - out for i in before[-self.farthest :] if i >= here.step - self.farthest}
             mine[here.branch] = [*before, here.step] if here.step else [0]
             self._steps.append(here.steps)
-            self._compare(here, fresh, residuals)
             match here.branch:
                 case "cond" if here.scale is not None and here.scale > 1:
                     cond.keep(here, off)  # told with the unconditional answer, which comes next
@@ -76,59 +66,30 @@ class Probe(Method):
             return answer
 
         with Patch() as patch:
-            reused(patch, model, lambda here: True, self.branch, latest, taken)
+            reused(patch, model, lambda here: True, self.branch)
             patch.wrap(model, around)
             return patch.keep()
-
-    def _compare(self, here: Moment, fresh: list[Tensor], residuals: dict[str, dict[int, Tensor]]) -> None:
-        """Sums up the products of a step's residuals, those of both branches as guidance mixes them, with those of the
-        steps before it."""
-        if not fresh or here.branch == "other":
-            return
-        both = here.branch == "both"
-        flat = torch.cat([(_guided(*split(t), here) if both else t).float().flatten() for t in fresh])
-        before = residuals.get(here.branch, {}) if here.step else {}
-        near = {s: r for s, r in before.items() if s >= here.step - 2 * self.farthest and len(r) == len(flat)}
-        residuals[here.branch] = {**near, here.step: flat}
-        self._products.add(here.step, residuals[here.branch])
 
     @property
     def steps(self) -> int:
         """Evaluations of a picture."""
         return max(self._steps)
 
-    def repeated(self, last: int, step: int) -> float:
+    def cost(self, last: int, step: int) -> float:
         """How far the end of `step` moves where what the step `last` kept is given again, summed over pictures;
         infinite where that was not measured."""
         return self._costs.get((last, step), torch.inf)
 
-    def cost(self, before: int | None, last: int, step: int) -> float:
-        """How far it moves where it is made of the residuals of `last` and of the step computed `before` it, as near as
-        two weights come: by what they leave of the residual, next to what repeating leaves."""
-        cost = self.repeated(last, step)
-        mixed = self._products.mixed(step, last, *([] if before is None else [before]))
-        return cost if mixed is None else cost * mixed[1] ** 0.5
-
-    def weights(self, before: int | None, last: int, step: int) -> tuple[float, ...]:
-        """Of the residuals that a step is made of, the newest first; (1,) repeats the last."""
-        mixed = self._products.mixed(step, last, *([] if before is None else [before]))
-        return (1.0,) if mixed is None else mixed[0]
-
-    def table(self, weights: list[float]) -> Tensor:
-        """[T + 1, T + 1, T + 1]: of running at steps h, i and next at step j, the sum of what each step k between i and
-        j costs, times weights[k]; infinite where it was not measured. At [0, 0] of the first jump, whose i is the first
-        step."""
+    def table(self, weights: Sequence[float]) -> Tensor:
+        """[T + 1, T + 1]: of running at step i and next at step j, the sum of what each step k between them costs,
+        times weights[k]; infinite where it was not measured."""
         steps = self.steps
-        table = torch.full((steps + 1, steps + 1, steps + 1), torch.inf, dtype=torch.float64)
+        table = torch.full((steps + 1, steps + 1), torch.inf, dtype=torch.float64)
         for i in range(steps):
-            for h in range(max(0, i - self.farthest - 1), max(i, 1)):
-                total = 0.0
-                table[h, i, i + 1] = 0.0
-                for k in range(i + 1, min(steps, i + self.farthest + 1)):
-                    total += self.cost(h if i else None, i, k) * weights[k]
-                    if total == torch.inf:
-                        break
-                    table[h, i, k + 1] = total
+            total = 0.0
+            for j in range(i + 1, min(steps, i + self.farthest + 1) + 1):
+                table[i, j] = total
+                total += self.cost(i, j) * weights[j] if j < steps else 0.0
         return table
 
 

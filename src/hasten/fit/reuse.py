@@ -14,7 +14,7 @@ from hasten.bridge.drawing import latents
 from hasten.bridge.pipelines import put
 from hasten.cache.planned import Planned
 from hasten.fit.probe import FARTHEST, Probe
-from hasten.fit.shortest import shortest_pairs
+from hasten.fit.shortest import shortest
 from hasten.method import Method, conflict
 from hasten.recipe import Recipe
 
@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         recipe: the one that was given, with the plan among its methods.
         foretold: sum over the reused steps of what each was measured to cost alone.
-        measured: distance of the latents from those without the plan, over their norm, mean over pictures.
+        measured: distance of the latents from those without the plan, over their norm, root mean square over pictures.
         computed, steps: network evaluations that run in full, and all.
     """
 
@@ -51,7 +51,7 @@ def plan(
     """The fewest full evaluations whose pictures stay within `budget` of those without reuse.
 
     Args:
-        budget: relative distance of the latents, over their norm, mean over the prompts' pictures.
+        budget: relative distance of the latents, over their norm, root mean square over the prompts' pictures.
         base: solver, steps, guidance and methods that the plan is for; it holds no cache.
         branch: of a U-Net, the skip that stays outside.
         tick: told of each run of all prompts.
@@ -71,8 +71,8 @@ def measured(
     """What reusing costs this pipeline, for plans of any budget.
 
     One run measures, for every two steps, how far the end of the step moves if the later one reuses what the earlier
-    one kept, and what weights the last two residuals need to come nearest to the one that is not computed (`Probe`).
-    `PARTS` runs, each with every other step of one part reused, tell how much of such moves is left at the end.
+    one kept (`Probe`). `PARTS` runs, each with every other step of one part reused, tell how much of such moves is left
+    at the end.
 
     Raises:
         CannotPlan: the recipe has a cache already.
@@ -105,7 +105,7 @@ class Costs:
         base: what they are of.
         ends: methods -> the latents that the prompts end in with them, [N, ...].
         want: those without reuse.
-        weights: of each evaluation, how much of its error is left at the end.
+        weights: of each evaluation, how much of its error is left at the end, over the latents' norm.
         tried: full evaluations -> (distance, plan), what was tried so far.
     """
 
@@ -119,12 +119,12 @@ class Costs:
     def weigh(self) -> None:
         """Finds the weights, by a run for each part."""
         steps = self.probe.steps
-        self.weights, plain = [1.0], self.probe.table([1.0] * steps)
+        self.weights, plain = [0.0], self.probe.table([1.0] * steps)
         for part in range(PARTS):
             begin, end = (round(1 + (steps - 1) * p / PARTS) for p in (part, part + 1))
-            spared = [k for k in range(begin, end, 2) if bool(plain[:, k - 1, k + 1].isfinite().any())]
+            spared = [k for k in range(begin, end, 2) if plain[k - 1, k + 1] < torch.inf]
             compute = [k for k in range(steps) if k not in spared]
-            cost = self._sum(plain, [*compute, steps])
+            cost = summed(plain, [*compute, steps])
             real = self.distance(compute)[0] if cost else 0.0
             self.weights += [real / cost if cost else 1.0] * (end - begin)
 
@@ -149,40 +149,28 @@ class Costs:
             )
         measured, chosen = self.tried[high]
         recipe = self.base.model_copy(update={"methods": (*self.base.methods, chosen)})
-        return Plan(recipe, self._sum(table, [*chosen.compute, steps]), measured, high, steps)
+        return Plan(recipe, summed(table, [*chosen.compute, steps]), measured, high, steps)
 
     def distance(self, compute: Sequence[int]) -> tuple[float, Planned]:
         """How far a plan moves the latents, and the plan."""
-        steps, probe = self.probe.steps, self.probe
-        mix: list[tuple[float, ...]] = []
-        kept: list[int] = []
-        for k in range(steps):
-            if k in compute:
-                kept.append(k)
-                mix.append((1.0,))
-            else:
-                mix.append(probe.weights(kept[-2] if len(kept) > 1 else None, kept[-1], k))
-        mixed = tuple(mix) if any(m != (1.0,) for m in mix) else ()
-        chosen = Planned(compute=tuple(compute), steps=steps, branch=probe.branch, mix=mixed)
-        size = self.want.norm(dim=1)
-        return float(((self.ends(chosen) - self.want).norm(dim=1) / size).mean()), chosen
+        chosen = Planned(compute=tuple(compute), steps=self.probe.steps, branch=self.probe.branch)
+        moved = (self.ends(chosen) - self.want).norm(dim=1) / self.want.norm(dim=1)
+        return float(moved.square().mean().sqrt()), chosen
 
     def _try(self, table: Tensor, count: int) -> float:
         if count not in self.tried:
-            self.tried[count] = self.distance(shortest_pairs(table, count)[:-1])
+            self.tried[count] = self.distance(shortest(table, count)[:-1])
         return self.tried[count][0]
 
     def _possible(self, table: Tensor, count: int) -> bool:
-        return self._sum(table, shortest_pairs(table, count)) < torch.inf
+        return summed(table, shortest(table, count)) < torch.inf
 
-    @staticmethod
-    def _sum(table: Tensor, way: Sequence[int]) -> float:
-        before = [0, *way]
-        return float(sum(table[h, i, j] for h, (i, j) in zip(before, pairwise(way), strict=False)))
+
+def summed(table: Tensor, way: Sequence[int]) -> float:
+    """What the jumps of a way cost."""
+    return float(sum(table[i, j] for i, j in pairwise(way)))
 
 
 def least(table: Tensor) -> float:
     """What the cheapest single reuse costs."""
-    steps = len(table) - 1
-    spared = [float(table[max(i - 1, 0), i, i + 2]) for i in range(steps - 1)]
-    return min(spared, default=torch.inf)
+    return min((float(table[i, i + 2]) for i in range(len(table) - 2)), default=torch.inf)
