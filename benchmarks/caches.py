@@ -1,19 +1,22 @@
-"""Caches on the trained `emoji-flow` (28 steps, guidance 7, float32): how much faster at equal likeness, beside those
-of diffusers and cache-dit on the same pipeline, noise and prompts.
+"""Caches on the trained `emoji-flow` (28 steps, guidance 7, float32) and `emoji-unet` (28 steps, guidance 3): how much
+faster at equal likeness, beside those of diffusers, cache-dit and DeepCache on the same pipeline, noise and prompts.
 
-    python benchmarks/caches.py         a quarter of an hour, one thread; writes benchmarks/results/caches.json
+    python benchmarks/caches.py                 a quarter of an hour, one thread; benchmarks/results/caches.json
+    python benchmarks/caches.py emoji-unet      the same; benchmarks/results/caches_unet.json
 
 Every method is swept over its strength. PSNR is of the decoded pictures against those without a cache, over 9 prompts;
 times are of denoising, in pairs with the untouched pipeline. At 30 and 35 dB the fastest setting of each method that
 is at least as like is taken, and the fastest of hasten's are timed against the fastest of the others', in pairs.
 diffusers 0.42 has no caches on Stable Diffusion 3's transformer: here its hooks are put there by the mixin that its
-other transformers have. cache-dit is measured where it is installed.
+other transformers have. It and cache-dit have none for U-Nets. cache-dit and DeepCache are measured where they are
+installed.
 """
 
 import json
 import logging
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ import hasten
 from hasten import Recipe, reference
 from hasten.bridge.drawing import latents
 from hasten.cache import magnitude, tea
-from hasten.fit.reuse import measured
+from hasten.fit.reuse import CannotPlan, measured
 from hasten.measure.machine import machine
 from hasten.measure.timing import compare
 
@@ -40,11 +43,33 @@ PROMPTS = [
 ]  # fmt: skip
 FITTED = ["guitar", "tulip", "pig face", "house"]
 SEEDS = [1000 + i for i in range(len(PROMPTS))]
-RESULT = Path(__file__).parent / "results" / "caches.json"
+UNET = "emoji-unet" in sys.argv
+RESULT = Path(__file__).parent / "results" / ("caches_unet.json" if UNET else "caches.json")
+GUIDANCE = 3.0 if UNET else 7.0
+BUDGETS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.14)
+
+
+def planned(pipe):
+    """Plans of several budgets, each once."""
+    costs, plans = measured(pipe, FITTED, guidance_scale=GUIDANCE, num_inference_steps=STEPS), {}
+    for budget in BUDGETS:
+        with suppress(CannotPlan):
+            found = costs.plan(budget)
+            plans[found.computed] = ("cache.planned", found.recipe.methods[-1].model_dump())
+    return list(plans.values())
+
+
+def unet_settings(pipe):
+    """(name, settings) of each of hasten's caches for U-Nets, from gentle to strong."""
+    rows = [("cache.deep", {"every": n, "branch": b}) for b in (0, 3) for n in (2, 3, 4, 5)]
+    rows += [("cache.encoder", {}), ("cache.clockwork", {})]
+    rows += [("cache.feature", {"every": n}) for n in (2, 3)]
+    rows += [("cache.tgate", {"gate": g}) for g in (0.3, 0.5, 0.7)]
+    return rows + planned(pipe)
 
 
 def hasten_settings(pipe):
-    """(name, settings) of each of hasten's caches, from gentle to strong."""
+    """(name, settings) of each of hasten's caches for transformers, from gentle to strong."""
     ratios = recorded_ratios(pipe)
     coefficients = recorded_coefficients(pipe)
     rows = [("cache.interval", {"every": n}) for n in (2, 3)]
@@ -54,10 +79,8 @@ def hasten_settings(pipe):
     rows += [("cache.magnitude", {"ratios": ratios, "threshold": t}) for t in (0.03, 0.06, 0.12, 0.24)]
     rows += [("cache.broadcast", {"joint": n}) for n in (2, 3)]
     rows += [("cache.feature", {"every": 2}), ("cache.faster", {})]
-    costs = measured(pipe, FITTED, guidance_scale=7.0, num_inference_steps=STEPS)
-    for budget in (0.04, 0.06, 0.08, 0.1, 0.13):
-        rows.append(("cache.planned", costs.plan(budget).recipe.methods[-1].model_dump()))
-    return rows
+    rows += [("cache.token", {"every": 2, "keep": k}) for k in (0.3, 0.6)]
+    return rows + planned(pipe)
 
 
 def recorded_ratios(pipe):
@@ -136,6 +159,20 @@ class Peer:
 
 
 @contextmanager
+def deepcache(pipe, settings):
+    """The package DeepCache on the pipeline."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(**settings)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+@contextmanager
 def dit(pipe, settings):
     """cache-dit's DBCache on the pipeline."""
     import cache_dit
@@ -155,7 +192,7 @@ def dit_settings():
 
 
 def draw(pipe, prompts, seeds):
-    return latents(pipe, prompts, seeds, 4, num_inference_steps=STEPS, guidance_scale=7.0)
+    return latents(pipe, prompts, seeds, 4, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
 
 
 def pictures(pipe, made):
@@ -169,19 +206,22 @@ def likeness(pipe, made, want):
     return float(-10 * (pictures(pipe, made) - pictures(pipe, want)).square().mean().log10())
 
 
-def sides(pipe, peer):
+def sides(pipe):
     """(whose, name, settings for the record, context in which it is on)."""
-    for label, settings in hasten_settings(pipe):
+    for label, settings in unet_settings(pipe) if UNET else hasten_settings(pipe):
         recipe = Recipe.from_dict({"methods": [{label: settings}]})
         yield "hasten", label, settings, lambda recipe=recipe: hasten.accelerate(pipe, recipe)
+    if UNET:
+        if find_spec("DeepCache") is not None:
+            for settings in ({"cache_interval": n, "cache_branch_id": b} for b in (0, 3) for n in (2, 3, 4, 5)):
+                yield "DeepCache", "DeepCache", settings, lambda settings=settings: deepcache(pipe, settings)
+        return
+    peer = Peer(pipe)
     for name, config in peer.settings(recorded_ratios(pipe)):
         yield "diffusers", name.split()[0], name, lambda config=config: peer.on(config)
-    try:
-        import cache_dit  # noqa: F401
-    except ImportError:
-        return
-    for settings in dit_settings():
-        yield "cache-dit", "DBCache", settings, lambda settings=settings: dit(pipe, settings)
+    if find_spec("cache_dit") is not None:
+        for settings in dit_settings():
+            yield "cache-dit", "DBCache", settings, lambda settings=settings: dit(pipe, settings)
 
 
 def timed(pipe, context, against=nullcontext):
@@ -198,11 +238,10 @@ def timed(pipe, context, against=nullcontext):
 def main():
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    pipe = reference.pipeline("emoji-flow")
+    pipe = reference.pipeline("emoji-unet" if UNET else "emoji-flow")
     pipe.set_progress_bar_config(disable=True)
-    peer = Peer(pipe)
     want, rows, ways, kept = draw(pipe, PROMPTS, SEEDS), [], {}, earlier()
-    for whose, name, settings, context in sides(pipe, peer):
+    for whose, name, settings, context in sides(pipe):
         row = {"whose": whose, "method": name, "settings": settings}
         if (done := kept.get(json.dumps(row))) is not None:
             rows.append(done)
@@ -220,7 +259,7 @@ def main():
         rows.append(row)
         ways[len(rows) - 1] = context
     assert torch.equal(draw(pipe, PROMPTS[:4], SEEDS[:4]), want[:4])
-    found = {"pipeline": {"steps": STEPS, "guidance": 7.0, "prompts": len(PROMPTS)}, "rows": rows}
+    found = {"pipeline": {"steps": STEPS, "guidance": GUIDANCE, "prompts": len(PROMPTS)}, "rows": rows}
     if "--likeness" not in sys.argv:
         found["at"] = [finalists(pipe, rows, ways, db) for db in DB]
     found["machine"] = machine()

@@ -1,5 +1,4 @@
-"""The small Stable Diffusion: plain diffusers loads what training writes, and its training is what it says. (No weights
-are shipped yet.)"""
+"""The embedded Stable Diffusion: plain diffusers loads it, it follows its prompts, and its training is what it says."""
 
 from __future__ import annotations
 
@@ -13,30 +12,40 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from plain import drawn
 
-from hasten import reference
+import hasten
+from hasten import Recipe, reference
 from hasten.bridge import small, small_sd
-from hasten.bridge.drawing import quiet
+from hasten.bridge.drawing import draw, quiet
+from hasten.objectives.pretrain.v_prediction import VPrediction
 from hasten.paths.discrete import scaled_linear, to_pure_noise
 from hasten.reference import emoji, training_unet
 from hasten.train.optimizer import trapezoid
 
 
 def load() -> Any:
-    """As training starts: untrained, with the words and the autoencoder of emoji-flow."""
-    flow: Any = reference.pipeline("emoji-flow")
-    return quiet(small_sd.pipeline(flow.tokenizer, flow.vae, flow.text_encoder))
+    return quiet(reference.pipeline("emoji-unet"))
 
 
-def test_plain_diffusers_loads_what_is_written_without_hasten(tmp_path: Path) -> None:
-    small_sd.write(load(), tmp_path / "pipe")
-    complaints = drawn(tmp_path / "pipe", "StableDiffusionPipeline", "unet")
+def test_plain_diffusers_loads_it_without_hasten() -> None:
+    complaints = drawn(reference.folder("emoji-unet"), "StableDiffusionPipeline", "unet")
     assert "safety" not in complaints
     assert "deprecat" not in complaints.lower()
-    files = [f for f in (tmp_path / "pipe").rglob("*") if f.is_file()]
+
+
+def test_weights_are_small_and_safe_and_tell_no_place() -> None:
+    files = [f for f in reference.folder("emoji-unet").rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 32e6
     assert {f.suffix for f in files} == {".json", ".safetensors"}
     for file in files:
         assert file.suffix != ".json" or "_name_or_path" not in json.loads(file.read_text()), file
+
+
+def test_it_has_the_autoencoder_and_the_words_of_emoji_flow() -> None:
+    flow, unet = reference.folder("emoji-flow"), reference.folder("emoji-unet")
+    for file in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        assert (flow / file).read_bytes() == (unet / file).read_bytes(), file
+    words = [json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"] for folder in (flow, unet)]
+    assert words[0] == words[1]
 
 
 def test_it_was_trained_on_the_table_of_its_scheduler() -> None:
@@ -93,3 +102,48 @@ def test_its_training_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole.keys() == parts.keys()
     assert [k for k in whole if not torch.equal(whole[k], parts[k])] == []
     assert not torch.equal(whole[kernel], small_sd.TextToV(tiny()).state_dict()[kernel])
+
+
+def test_its_loss_is_near_what_training_reached() -> None:
+    """Of 128 pictures at even times; an untrained network's is about 1, and another picture's caption doubles it."""
+    pipe, entries = load(), emoji.entries()
+    rows = range(0, len(entries), -(-len(entries) // 128))
+    x0 = small.latents(pipe.vae, emoji.pictures()[list(rows)].float() / 127.5 - 1)
+    ids = small.ids(pipe, [entries[i].caption() for i in rows])
+    objective = VPrediction(to_pure_noise(scaled_linear()))
+
+    def loss(ids: torch.Tensor) -> float:
+        with torch.no_grad():
+            told = {"x0": x0, "ids": ids}
+            return float(objective.loss({"denoiser": small_sd.TextToV(pipe)}, told, torch.Generator().manual_seed(2)))
+
+    assert loss(ids) < 0.32
+    assert loss(ids.roll(1, 0)) > 1.7 * loss(ids)
+
+
+def test_it_follows_its_prompts() -> None:
+    """Pictures of a prompt are nearer, in features of an ImageNet network, to the emoji of that name than to others;
+    without guidance by an empty prompt as with it."""
+    from hasten.measure.features import efficientnet_lite0
+    from hasten.measure.fidelity import feature_distances
+
+    pipe = load()
+    wanted = ["grinning face", "heart with ribbon", "ninja", "flag: france", "rainbow", "pensive face", "student",
+              "flag: germany"]  # fmt: skip
+    where = {n: i for i, e in reversed(list(enumerate(emoji.entries()))) for n in e.names() if not e.tone}
+    features = efficientnet_lite0()
+    made = features(torch.cat(list(draw(pipe, wanted, [0] * len(wanted), 8, num_inference_steps=10))))
+    truth = features(emoji.pictures()[[where[w] for w in wanted]].float() / 255)
+    apart = feature_distances(made, truth)
+    own = apart.diagonal()
+    assert float((own < (apart.sum(1) - own) / (len(wanted) - 1)).float().mean()) >= 0.75
+
+
+def test_hastens_ddim_draws_what_its_own_scheduler_draws() -> None:
+    pipe = load()
+    prompts, seeds = ["a red apple", "grinning face"], [1, 2]
+    own = torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=8)))
+    with hasten.accelerate(pipe, Recipe.from_dict({"solver": "ddim", "steps": 8})):
+        ours = torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=8)))
+    assert (ours - own).abs().mean() < 1e-3
+    assert torch.equal(torch.cat(list(draw(pipe, prompts, seeds, 2, num_inference_steps=8))), own)

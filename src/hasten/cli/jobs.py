@@ -205,8 +205,8 @@ def train(
     name: str, out: Path, steps: int, autoencoder_steps: int | None, seed: int, device: str | None, start: Path | None
 ) -> None:
     """Trains an embedded model into `out`."""
-    if name not in reference.TRAINED:
-        raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.TRAINED)}")
+    if name not in reference.NAMES:
+        raise UserError(f"no embedded model {name!r}; there is {', '.join(reference.NAMES)}")
     if name == "emoji-unet" and autoencoder_steps is not None:
         raise UserError("emoji-unet has the autoencoder of emoji-flow as it is: leave --autoencoder-steps out")
     _writable(out)

@@ -6,10 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-NAMES = ("emoji-flow",)
-
-TRAINED = (*NAMES, "emoji-unet")
-"""What `hasten train` trains: of the second no weights are shipped yet."""
+NAMES = ("emoji-flow", "emoji-unet")
 
 
 def folder(name: str) -> Path:
@@ -20,7 +17,8 @@ def folder(name: str) -> Path:
 
 
 def pipeline(name: str = "emoji-flow") -> Any:
-    """The embedded pipeline, a plain `StableDiffusion3Pipeline` in float32. Raises ValueError for an unknown name."""
+    """An embedded pipeline in float32, a plain `StableDiffusion3Pipeline` (emoji-flow) or `StableDiffusionPipeline`
+    (emoji-unet). Raises ValueError for an unknown name."""
     from hasten.bridge import folders
 
     return folders.read(folder(name))
