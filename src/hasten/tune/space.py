@@ -66,13 +66,18 @@ def suggest(trial: Trial, labels: Sequence[str], most_steps: int, guided: bool) 
 
 
 def rooms(labels: Sequence[str], guided: bool = True) -> dict[str | None, list[str]]:
-    """Methods that may be tried, by the rooms in which each excludes every other; under None the rest."""
+    """Methods that may be tried, by the rooms in which each excludes every other; under None the rest, with those that
+    exclude none of their room."""
     tried = [n for n in labels if tree.method(n).saves and (guided or n != "guidance.interval")]
     found: dict[str | None, list[str]] = {}
     for name in dict.fromkeys(n.split(".")[0] for n in tried):
         inside = [n for n in tried if n.split(".")[0] == name]
-        exclusive = all(conflict([tree.method(a)(), tree.method(b)()]) for a, b in combinations(inside, 2))
-        found.setdefault(name if exclusive and len(inside) > 1 else None, []).extend(inside)
+        apart = {p: conflict([tree.method(n)() for n in p]) is not None for p in combinations(inside, 2)}
+        free = [n for n in inside if not any(apart[p] for p in apart if n in p)]
+        rest = [n for n in inside if n not in free]
+        exclusive = all(apart[p] for p in combinations(rest, 2))
+        found.setdefault(None, []).extend(free)
+        found.setdefault(name if exclusive and rest else None, []).extend(rest)
     return found
 
 
