@@ -18,7 +18,7 @@ from hasten.bridge.pipelines import networks
 from hasten.cache.planned import Planned
 from hasten.denoiser import Prediction
 from hasten.fit.probe import Probe
-from hasten.fit.reuse import PARTS, CannotPlan, measured, plan, summed
+from hasten.fit.reuse import PARTS, CannotPlan, Costs, measured, plan, summed
 from hasten.halves import said
 from hasten.moment import Moment
 from pipelines import PIPELINES
@@ -128,6 +128,40 @@ def test_a_plan_keeps_its_budget_and_more_budget_spares_more(name: str) -> None:
         computed.append(found.computed)
     assert computed
     assert all(a >= b for a, b in pairwise(computed))
+
+
+class Even:
+    """In the place of a probe: every skipped step costs more than the one before it, whichever they are."""
+
+    steps, branch, farthest = 8, 0, 8
+
+    def table(self, weights: object) -> Tensor:
+        i = torch.arange(9.0)
+        return torch.where(i > i[:, None], (i - i[:, None] - 1) ** 2, torch.inf).double()
+
+
+def test_a_step_moved_spares_one_that_the_table_would_not() -> None:
+    """Where running at step 2 is worth nothing unless most others run, of which the table knows nothing: found within
+    the runs allowed."""
+    tried: list[tuple[int, ...]] = []
+
+    def ends(method: Planned) -> Tensor:
+        tried.append(method.compute)
+        gaps = [b - a - 1 for a, b in pairwise((*method.compute, 8))]
+        return torch.ones(1, 1) * (1 + sum(g**2 for g in gaps) / 100 + 0.2 * (2 in method.compute and len(gaps) < 6))
+
+    costs = Costs(NONE, Even(), ends, torch.ones(1, 1), [0.0] * 8)  # type: ignore[arg-type]
+    plain = costs.plan(0.1, search=0)
+    assert len(tried) <= 3
+    assert costs.plan(0.1, search=0) == plain
+    moved = costs.plan(0.1, search=12)
+    assert moved.computed < plain.computed
+    assert moved.measured <= 0.1
+    assert len(tried) <= 3 + 3 + 12
+    (method,) = moved.recipe.methods
+    assert isinstance(method, Planned)
+    assert 2 not in method.compute
+    assert moved.measured == pytest.approx(float(ends(method) - 1))
 
 
 def test_a_second_network_starts_with_an_evaluation_in_full() -> None:

@@ -97,12 +97,12 @@ def fit_cache(
     """The recipe with a plan of when to recompute in `out`, and on the screen what it spares and costs."""
     from rich.progress import Progress
 
-    from hasten.fit.reuse import PARTS, plan
+    from hasten.fit.reuse import PARTS, SEARCH, plan
 
     console = Console()
     base, given, pipe = _given(model, steps, out, prompts, count, recipe, device)
     with Progress(console=console) as bar:
-        line = bar.add_task(f"runs of {len(given)} pictures", total=PARTS + 6)
+        line = bar.add_task(f"runs of {len(given)} pictures", total=PARTS + 6 + SEARCH)
         found = plan(pipe, given, budget, base, seed=seed, tick=lambda n: bar.advance(line, n))
     text = (
         f"{found.computed} of {found.steps} evaluations run in full; latents move by {found.measured:.2%} on these "

@@ -18,6 +18,9 @@ from hasten.fit.shortest import shortest
 from hasten.method import Method, conflict
 from hasten.recipe import Recipe
 
+SEARCH = 24
+"""Runs that try whether a plan of fewer evaluations is within the budget with its steps moved."""
+
 PARTS = 4
 """Of a trajectory, whose errors are weighed apart: what comes early is in part mended by the steps that follow."""
 
@@ -46,7 +49,8 @@ class Plan:
 
 def plan(
     pipe: Any, prompts: Sequence[str], budget: float, base: Recipe | None = None, *, seed: int = 0, branch: int = 0,
-    farthest: int = FARTHEST, batch: int = 8, tick: Callable[[int], None] = lambda n: None, **call: Any,
+    farthest: int = FARTHEST, search: int = SEARCH, batch: int = 8, tick: Callable[[int], None] = lambda n: None,
+    **call: Any,
 ) -> Plan:  # fmt: skip
     """The fewest full evaluations whose pictures stay within `budget` of those without reuse.
 
@@ -54,6 +58,7 @@ def plan(
         budget: relative distance of the latents, over their norm, root mean square over the prompts' pictures.
         base: solver, steps, guidance and methods that the plan is for; it holds no cache.
         branch: of a U-Net, the skip that stays outside.
+        search: the most runs that moving single steps takes.
         tick: told of each run of all prompts.
         call: any argument of `pipe(...)`.
 
@@ -61,7 +66,7 @@ def plan(
         CannotPlan: the recipe has a cache already, or no plan is within the budget.
     """
     return measured(pipe, prompts, base, seed=seed, branch=branch, farthest=farthest, batch=batch, tick=tick,
-                    **call).plan(budget)  # fmt: skip
+                    **call).plan(budget, search)  # fmt: skip
 
 
 def measured(
@@ -128,10 +133,13 @@ class Costs:
             real = self.distance(compute)[0] if cost else 0.0
             self.weights += [real / cost if cost else 1.0] * (end - begin)
 
-    def plan(self, budget: float) -> Plan:
+    def plan(self, budget: float, search: int = SEARCH) -> Plan:
         """The fewest full evaluations within `budget`. Dynamic programming has, for every number of them, those whose
-        costs sum least; costs do not add up exactly, so the number is found by halving, on the real distance: five runs
-        or so.
+        costs sum least; costs do not add up exactly, so the number is found by halving, on the real distance (five runs
+        or so), and then fewer are tried with single steps moved to where the distance is less.
+
+        Args:
+            search: the most runs that moving takes; 0 leaves the steps as they are.
 
         Raises:
             CannotPlan: no plan is within the budget.
@@ -147,9 +155,42 @@ class Costs:
             raise CannotPlan(
                 f"no step can be spared within {budget}: the least that one costs is {least(table):.3g}; allow more"
             )
+        left = search
+        while left > 0 and high > fewest and self._possible(table, high - 1):
+            left = self._move(table, high - 1, budget, left)
+            if self.tried[high - 1][0] > budget:
+                break
+            high -= 1
         measured, chosen = self.tried[high]
         recipe = self.base.model_copy(update={"methods": (*self.base.methods, chosen)})
         return Plan(recipe, summed(table, [*chosen.compute, steps]), measured, high, steps)
+
+    def _move(self, table: Tensor, count: int, budget: float, left: int) -> int:
+        """Moves single steps of the plan of so many evaluations while that brings it nearer, those first that the table
+        finds cheapest, until it is within the budget; how many of the runs `left` are left."""
+        self._try(table, count)
+        seen: set[tuple[int, ...]] = set()
+        ways = self._moved(table, count)
+        while left > 0 and self.tried[count][0] > budget and (way := next((w for w in ways if w not in seen), None)):
+            seen.add(way)
+            left -= 1
+            if (found := self.distance(way))[0] < self.tried[count][0]:
+                self.tried[count] = found
+                ways = self._moved(table, count)
+        return left
+
+    def _moved(self, table: Tensor, count: int) -> list[tuple[int, ...]]:
+        """The plans that one step earlier or later makes of the best one of so many evaluations, the cheapest first."""
+        steps, compute = self.probe.steps, self.tried[count][1].compute
+        taken = set(compute)
+        ways = [
+            tuple(sorted(taken - {k} | {j}))
+            for k in compute[1:]
+            for j in (k - 1, k + 1)
+            if j not in taken and j < steps
+        ]
+        costs = {w: summed(table, [*w, steps]) for w in ways}
+        return sorted((w for w in ways if costs[w] < torch.inf), key=costs.__getitem__)
 
     def distance(self, compute: Sequence[int]) -> tuple[float, Planned]:
         """How far a plan moves the latents, and the plan."""
