@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from beside import deepcache, dit, paired
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -35,7 +36,6 @@ from hasten.bridge.drawing import latents
 from hasten.cache import magnitude, tea
 from hasten.fit.reuse import CannotPlan, measured
 from hasten.measure.machine import machine
-from hasten.measure.timing import compare
 
 STEPS, PAIRS, DB = 28, 3, (30.0, 35.0)
 PROMPTS = [
@@ -165,32 +165,6 @@ class Peer:
             hook.remove()
 
 
-@contextmanager
-def deepcache(pipe, settings):
-    """The package DeepCache on the pipeline."""
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(**settings)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-
-
-@contextmanager
-def dit(pipe, settings):
-    """cache-dit's DBCache on the pipeline."""
-    import cache_dit
-
-    cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**settings))
-    try:
-        yield
-    finally:
-        cache_dit.disable_cache(pipe)
-
-
 def dit_settings():
     return [
         {"Fn_compute_blocks": f, "Bn_compute_blocks": 0, "residual_diff_threshold": t, "max_warmup_steps": w}
@@ -232,14 +206,7 @@ def sides(pipe):
 
 
 def timed(pipe, context, against=nullcontext, pairs=PAIRS):
-    def run(side):
-        def call():
-            with side():
-                draw(pipe, PROMPTS[:2], SEEDS[:2])
-
-        return call
-
-    return compare(run(against), run(context), pairs=pairs)
+    return paired(lambda: draw(pipe, PROMPTS[:2], SEEDS[:2]), against, context, pairs)
 
 
 def main():
@@ -258,8 +225,7 @@ def main():
             with context():
                 row["psnr"] = likeness(pipe, draw(pipe, PROMPTS, SEEDS), want)
             if 28 < row["psnr"] < 60 and "--likeness" not in sys.argv:
-                found = timed(pipe, context)
-                row["speedup"] = vars_of(found.speedup)
+                row["speedup"] = timed(pipe, context).to_dict()
         except Exception as error:  # a peer that does not run here is told so
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         print({k: v for k, v in row.items() if k != "speedup"}, row.get("speedup", {}).get("median"), flush=True)
@@ -302,14 +268,10 @@ def finalists(pipe, rows, ways, db):
         ("planned against single", fastest, planned),
     ):
         if a is not None and b is not None:
-            pair = timed(pipe, ways[b], ways[a], 2 * PAIRS)
-            told[name] = {"slower": rows[a]["method"], "faster": rows[b]["method"], "ratio": vars_of(pair.speedup)}
-            print(db, name, told[name]["slower"], told[name]["faster"], pair.speedup.text(), flush=True)
+            ratio = timed(pipe, ways[b], ways[a], 2 * PAIRS)
+            told[name] = {"slower": rows[a]["method"], "faster": rows[b]["method"], "ratio": ratio.to_dict()}
+            print(db, name, told[name]["slower"], told[name]["faster"], ratio.text(), flush=True)
     return told
-
-
-def vars_of(spread):
-    return spread.to_dict()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from beside import dit, paired
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -29,9 +30,9 @@ from diffusers import (
 import hasten
 from hasten import Recipe
 from hasten.measure.machine import machine
-from hasten.measure.timing import compare
 
-STEPS, PAIRS, THREADS = 4, 3, 2
+STEPS, PAIRS, THREADS = 4, 5, 2
+BRANCHES = [r".*blocks\.\d+\.(attn\d?|ff|ff_context|ffn|proj_mlp|proj_out)"]
 RESULT = Path(__file__).parent / "results" / "stacks.json"
 
 
@@ -93,7 +94,7 @@ def counterparts(family, time):
         cache_interval=2, disable_cache_before_step=1, max_order=1, use_lite_mode=True
     )  # fmt: skip
     yield every, {"cache.feature": {"every": 2}}, "diffusers", TaylorSeerCacheConfig(
-        cache_interval=2, disable_cache_before_step=1, max_order=0
+        cache_interval=2, disable_cache_before_step=1, max_order=0, cache_identifiers=BRANCHES
     )  # fmt: skip
     yield every, {"cache.magnitude": {"ratios": ones, "threshold": 9.0, "most": 1, "retain": 0.0}}, "diffusers", (
         MagCacheConfig(threshold=9.0, max_skip_steps=1, retention_ratio=0.0, num_inference_steps=STEPS,
@@ -120,32 +121,13 @@ def counterparts(family, time):
 
 
 @contextmanager
-def theirs(pipe, whose, config):
-    if whose == "diffusers":
-        pipe.transformer.enable_cache(config)
-        try:
-            yield
-        finally:
-            pipe.transformer.disable_cache()
-        return
-    import cache_dit
-
-    cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**config))
+def theirs(net, config):
+    """diffusers' cache on a transformer."""
+    net.enable_cache(config)
     try:
         yield
     finally:
-        cache_dit.disable_cache(pipe)
-
-
-def timed(draw, before, after):
-    def run(side):
-        def call():
-            with side():
-                return draw()
-
-        return call
-
-    return compare(run(before), run(after), pairs=PAIRS).speedup.to_dict()
+        net.disable_cache()
 
 
 def main():
@@ -174,10 +156,10 @@ def main():
                 return hasten.accelerate(pipe, recipe)
 
             def peer(pipe=pipe, whose=whose, config=config):
-                return theirs(pipe, whose, config)
+                return theirs(pipe.transformer, config) if whose == "diffusers" else dit(pipe, config)
 
             try:
-                row["over theirs"] = timed(draw, peer, ours)
+                row["over theirs"] = paired(draw, peer, ours, PAIRS).to_dict()
             except Exception as error:  # a peer that does not run here is told so
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             rows.append(row)

@@ -1,6 +1,6 @@
 """What reuse gains on Stable Diffusion's U-Net at its own size of 64 x 64 latents, beside DeepCache and tomesd.
 
-    python benchmarks/unet.py       twenty minutes, two threads; writes benchmarks/results/unet.json
+    python benchmarks/unet.py [METHOD ...]      half an hour, two threads; benchmarks/results/unet.json, or these of it
 
 The U-Net is that of Stable Diffusion 1.5 at half its width (216 M random parameters, float32), 77 words, guidance, 4
 steps of DDIM; times are of whole denoising loops, in pairs. Weights are random, so nothing is said of likeness; but
@@ -10,18 +10,22 @@ measured where they are installed (DeepCache 0.1.1, tomesd 0.1.3).
 
 import json
 import logging
-from contextlib import contextmanager, nullcontext
+import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from beside import deepcache, paired, tomesd
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 import hasten
 from hasten import Recipe
 from hasten.measure.machine import machine
-from hasten.measure.timing import compare
 
 STEPS, PAIRS, THREADS = 4, 3, 2
+BESIDE = 9
+"""Pairs with a peer, whose difference is small."""
 RESULT = Path(__file__).parent / "results" / "unet.json"
 
 
@@ -49,38 +53,14 @@ def draw(pipe):
     ).images  # fmt: skip
 
 
-@contextmanager
-def deepcache(pipe):
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=3, cache_branch_id=0)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-
-
-@contextmanager
-def tomesd(pipe):
-    import tomesd as package
-
-    package.apply_patch(pipe, ratio=0.5, use_rand=False)
-    try:
-        yield
-    finally:
-        package.remove_patch(pipe)
-
-
 SIDES = (
-    ({"cache.deep": {"every": 3}}, deepcache),
+    ({"cache.deep": {"every": 3}}, (deepcache, {"cache_interval": 3, "cache_branch_id": 0})),
     ({"cache.encoder": {}}, None),
     ({"cache.feature": {"every": 2}}, None),
     ({"cache.tgate": {"gate": 0.5}}, None),
     ({"cache.token": {"every": 3}}, None),
     ({"cache.text": {}}, None),
-    ({"tokens.merge": {"ratio": 0.5, "random": "never"}}, tomesd),
+    ({"tokens.merge": {"ratio": 0.5, "random": "never"}}, (tomesd, {"ratio": 0.5, "use_rand": False})),
     ({"tokens.downsample": {"factor": 2}}, None),
     ({"attention.exact": {}}, None),
 )
@@ -92,33 +72,28 @@ def main():
     pipe, rows = pipeline(), []
     before = draw(pipe)
 
-    def timed(one, other):
-        def run(side):
-            def call():
-                with side():
-                    return draw(pipe)
-
-            return call
-
-        return compare(run(one), run(other), pairs=PAIRS).speedup.to_dict()
-
+    kept = {r["method"]: r for r in json.loads(RESULT.read_text())["rows"]} if sys.argv[1:] else {}
     for method, peer in SIDES:
+        if sys.argv[1:] and next(iter(method)) not in sys.argv[1:]:
+            rows.append(kept[next(iter(method))])
+            continue
         recipe = Recipe.from_dict({"methods": [method]})
 
         def ours(recipe=recipe):
             return hasten.accelerate(pipe, recipe)
 
         row = {"method": next(iter(method)), "settings": next(iter(method.values()))}
-        row["over untouched"] = timed(nullcontext, ours)
+        row["over untouched"] = paired(lambda: draw(pipe), nullcontext, ours, PAIRS).to_dict()
         with ours():
             got = draw(pipe)
         if peer is not None:
-            row["peer"] = peer.__name__
+            theirs = partial(peer[0], pipe, peer[1])
+            row["peer"] = peer[0].__name__
             try:
-                with peer(pipe):
+                with theirs():
                     want = draw(pipe)
                 row["difference"] = float((got - want).norm() / want.norm())
-                row["over theirs"] = timed(lambda peer=peer: peer(pipe), ours)
+                row["over theirs"] = paired(lambda: draw(pipe), theirs, ours, BESIDE).to_dict()
             except Exception as error:  # a peer that does not run here is told so
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         row["exact"] = torch.equal(got, before)

@@ -139,6 +139,19 @@ def test_stages_of_a_unet_are_in_the_order_that_they_run(family: Family) -> None
         assert [n for n in seen.order if n in wanted] == names
 
 
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video"])
+def test_chains_are_in_the_order_that_they_run_whatever_the_tree_says(name: str) -> None:
+    """Another library that takes the lists away and puts them back leaves the module tree in another order."""
+    family = next(f for f in PIPELINES if f.name == name)
+    (net,) = networks(family.build()).values()
+    before = [b.name for b in anatomy(net).blocks]
+    net._modules["transformer_blocks"] = net._modules.pop("transformer_blocks")
+    assert [n for n, _ in net.named_children()][-1] == "transformer_blocks"
+    assert [b.name for b in anatomy(net).blocks] == before
+    assert "single" not in before[0]
+    assert any("single" in n for n in before)
+
+
 def test_members_that_are_none_are_passed_over() -> None:
     class Hollow(nn.Module):
         def __init__(self) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "hasten"
 ORDER: list[set[str]] = [
-    {"atomic"}, {"path"}, {"paths"}, {"grid"}, {"brownian"}, {"denoiser"}, {"moment"}, {"patch"}, {"anatomy"},
-    {"method"}, {"halves"}, {"picture"}, {"places"}, {"tree"}, {"recipe"},
+    {"atomic"}, {"labelled"}, {"format"},
+    {"path"}, {"paths"}, {"grid"}, {"brownian"}, {"denoiser"}, {"moment"}, {"patch"},
+    {"anatomy"}, {"method"}, {"halves"}, {"picture"}, {"places"}, {"tree"}, {"recipe"},
     {"kernels", "networks"},
     {"solvers", "grids", "guidance", "runtime", "cache", "tokens"}
     | {"attention", "quant", "prune", "adapters", "parallel"},

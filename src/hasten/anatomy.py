@@ -25,6 +25,10 @@ TEXT = ("context_refiner", "token_refiner")
 TEMPORAL = ("temporal", "motion")
 """Lists and classes under such a name attend over time."""
 
+SINGLE = "single_"
+"""Lists of one stream are so called beside those of two and run after them, whatever the order of the module tree,
+which another library's patch may have left changed."""
+
 JOINT = ("Lumina2",)
 """Families that join text and image to one stream before their blocks."""
 
@@ -131,7 +135,7 @@ class Anatomy:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """Every block, in the order of the module tree; those of the text last."""
+        """Every block, in the order that they run as far as names tell it; those of the text last."""
         return tuple(b for chain in (*self.chains, *self.text) for b in chain)
 
     def attentions(self, *kinds: Kind) -> tuple[Site, ...]:
@@ -178,6 +182,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise ValueError(
             f"no repeated blocks found in {type(model).__name__}: this method works on networks made of them"
         )
+    chains.sort(key=lambda chain: SINGLE in chain[0].name)
     return Anatomy(model, tuple(chains), tuple(text), _unet(model))
 
 

@@ -85,6 +85,15 @@ class Method(BaseModel):
         return cls.__module__.removeprefix("hasten.")
 
 
+def in_memory(method: Method, model: nn.Module) -> None:
+    """Raises Refused where weights wait elsewhere between calls: for methods that read them themselves."""
+    if any(p.is_meta for p in model.parameters()):
+        raise Refused(
+            f"{method.label()} reads weights of {type(model).__name__}, which are offloaded: leave it out, or load the"
+            " model without offload"
+        )
+
+
 def conflict(methods: list[Method]) -> str | None:
     """The first pair that writes one part, as a sentence; None where all compose."""
     for a, b in combinations(methods, 2):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import drawn
+from plain import drawn, follows
 
 import hasten
 from hasten import Recipe, reference
@@ -81,25 +81,4 @@ def test_folding_its_256_zero_tokens_changes_nothing_but_rounding() -> None:
 
 
 def test_it_follows_its_prompts() -> None:
-    """Pictures of a prompt are nearer, in features of an ImageNet network, to the emoji of that name than to others."""
-    from hasten.measure.features import efficientnet_lite0
-    from hasten.measure.fidelity import feature_distances
-
-    pipe = quiet(reference.pipeline("emoji-flow"))
-    wanted = [
-        "grinning face",
-        "heart with ribbon",
-        "ninja",
-        "flag: france",
-        "rainbow",
-        "pensive face",
-        "student",
-        "flag: germany",
-    ]
-    where = {n: i for i, e in reversed(list(enumerate(emoji.entries()))) for n in e.names() if not e.tone}
-    features = efficientnet_lite0()
-    made = features(torch.cat(list(draw(pipe, wanted, [0] * len(wanted), 8, num_inference_steps=10))))
-    truth = features(emoji.pictures()[[where[w] for w in wanted]].float() / 255)
-    apart = feature_distances(made, truth)
-    own = apart.diagonal()
-    assert float((own < (apart.sum(1) - own) / (len(wanted) - 1)).float().mean()) >= 0.75
+    assert follows(quiet(reference.pipeline("emoji-flow"))) >= 0.75

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from hasten.atomic import write_bytes_atomically
+from hasten import labelled
 from hasten.attention.words import Compute
 from hasten.picture import Call
 from hasten.places import Places
@@ -57,8 +54,7 @@ class Learned(nn.Module):
 
     def write(self, file: str | os.PathLike[str]) -> None:
         """One safetensors file, whole or not at all."""
-        named = {k: t.detach().cpu().contiguous() for k, t in self.layers.state_dict().items()}
-        write_bytes_atomically(Path(file), save(named, {"hasten": self.label}))
+        labelled.write(file, self.label, self.layers.state_dict())
 
     @classmethod
     def read(cls, file: str | os.PathLike[str], label: str, make: Callable[[dict[str, Tensor]], nn.Module]) -> Learned:
@@ -71,15 +67,9 @@ class Learned(nn.Module):
             ValueError: in one line, where there is no such file or it is for another method.
         """
         states: dict[str, dict[str, Tensor]] = {}
-        try:
-            with safe_open(file, "pt") as f:
-                if (of := (f.metadata() or {}).get("hasten")) != label:
-                    raise ValueError(f"{file} holds no layers of {label} (but of {of}): give the file of its tuning")
-                for key in f.keys():  # noqa: SIM118
-                    name, _, part = key.rpartition(".")
-                    states.setdefault(name, {})[part] = f.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): give the file that tuning {label} wrote") from None
+        for key, tensor in labelled.read(file, label, "layers", f"tuning {label}")[0].items():
+            name, _, part = key.rpartition(".")
+            states.setdefault(name, {})[part] = tensor
         learned = cls(label)
         for name, state in states.items():
             layer = make(state)

@@ -34,12 +34,16 @@ def is_pipeline(thing: object) -> bool:
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The denoising networks of a pipeline, by component name.
+    """The denoising networks of a pipeline, by component name; one that fills two places, once.
 
     Raises:
         RecipeError: it has none that hasten knows.
     """
-    found = {n: net for n in NETWORKS if isinstance(net := getattr(pipe, n, None), nn.Module)}
+    found: dict[str, nn.Module] = {}
+    for name in NETWORKS:
+        net = getattr(pipe, name, None)
+        if isinstance(net, nn.Module) and not any(net is other for other in found.values()):
+            found[name] = net
     if not found:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(NETWORKS)}, the networks that hasten works on")
     return found

@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from math import gcd
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten.atomic import write_bytes_atomically
+from hasten import labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +69,15 @@ class Adaptor(nn.Module):
 
     def write(self, file: str | os.PathLike[str]) -> None:
         """One safetensors file, whole or not at all."""
-        about = {"hasten": "cache.clockwork", "sizes": json.dumps(asdict(self.sizes))}
-        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        write_bytes_atomically(file, save(weights, about))
+        labelled.write(file, "cache.clockwork", self.state_dict(), sizes=json.dumps(asdict(self.sizes)))
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> Adaptor:
         """Raises ValueError, in one line, where there is no such file or it holds something else."""
-        try:
-            with safe_open(file, "pt") as f:
-                about = f.metadata() or {}
-                if about.get("hasten") != "cache.clockwork":
-                    raise ValueError(
-                        f"{file} holds no adaptor of cache.clockwork: give the file that Adaptor.write made"
-                    )
-                adaptor = cls(Sizes(**json.loads(about["sizes"])))
-                adaptor.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
-                return adaptor.eval()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): give the file that Adaptor.write made") from None
+        state, about = labelled.read(file, "cache.clockwork", "adaptor", "Adaptor.write")
+        adaptor = cls(Sizes(**json.loads(about["sizes"])))
+        adaptor.load_state_dict(state)
+        return adaptor.eval()
 
 
 class _ResBlock(nn.Module):

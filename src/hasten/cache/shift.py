@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from hasten.atomic import write_bytes_atomically
+from hasten import labelled
 
 Place = tuple[str, str, int]
 """A block's dotted name, "x" or "c" for its stream, and the step."""
@@ -72,23 +70,15 @@ class Shift:
 
     def write(self, file: str | os.PathLike[str]) -> None:
         """One safetensors file, whole or not at all."""
-        named = {"|".join(map(str, place)): t.contiguous() for place, t in self.at.items()}
-        write_bytes_atomically(file, save(named, {"hasten": "cache.shift", "steps": str(self.steps)}))
+        named = {"|".join(map(str, place)): t for place, t in self.at.items()}
+        labelled.write(file, "cache.shift", named, steps=str(self.steps))
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> Shift:
         """Raises ValueError, in one line, where there is no such file or it holds something else."""
-        try:
-            with safe_open(file, "pt") as f:
-                about = f.metadata() or {}
-                if about.get("hasten") != "cache.shift":
-                    raise ValueError(
-                        f"{file} holds no scales and shifts of cache.block: make it with cache.block's fit"
-                    )
-                found = {}
-                for key in f.keys():  # noqa: SIM118
-                    name, stream, step = key.rsplit("|", 2)
-                    found[name, stream, int(step)] = f.get_tensor(key)
-                return cls(int(about["steps"]), found)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): give the file that cache.block's fit wrote") from None
+        tensors, about = labelled.read(file, "cache.shift", "scales and shifts", "cache.block's fit")
+        found = {}
+        for key, tensor in tensors.items():
+            name, stream, step = key.rsplit("|", 2)
+            found[name, stream, int(step)] = tensor
+        return cls(int(about["steps"]), found)

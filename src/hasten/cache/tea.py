@@ -15,7 +15,7 @@ from hasten.cache.first_block import change
 from hasten.cache.hold import first_tensor
 from hasten.cache.residual import reuse
 from hasten.halves import said
-from hasten.method import Method, Part, Stage
+from hasten.method import Method, Part, Stage, in_memory
 from hasten.moment import Moment, now
 from hasten.patch import Patch
 
@@ -43,6 +43,7 @@ class Tea(Method):
     def apply(self, model: nn.Module) -> Patch:
         with Patch() as patch:
             if self.threshold > 0:
+                in_memory(self, model)
                 chains = anatomy(model).chains
                 judge = _Judge(self.threshold, self.coefficients)
                 for chain in chains:

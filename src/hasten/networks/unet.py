@@ -99,25 +99,32 @@ class _Shape:
         self.conv, self.time, self.groups, self.head = conv, time, groups, head
 
 
-class Down(nn.Module):
+class Stage(nn.Module):
+    """The layers of a resolution: a residual block each, then attention where the resolution attends."""
+
+    def __init__(self, shape: _Shape, begins: Sequence[int], width: int, attends: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(Residual(shape, begin, width) for begin in begins)
+        self.attentions = nn.ModuleList(Attention(shape, width) for _ in begins) if attends else None
+
+    def layer(self, i: int, x: Tensor, t: Tensor) -> Tensor:
+        x = self.resnets[i](x, t)
+        return x if self.attentions is None else self.attentions[i](x)
+
+
+class Down(Stage):
     """A resolution on the way down; says what it leaves for the way up, too."""
 
     def __init__(self, shape: _Shape, begins: Sequence[int], width: int, attends: bool, last: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Residual(shape, begin, width) for begin in begins)
-        if attends:
-            self.attentions = nn.ModuleList(Attention(shape, width) for _ in begins)
-        if not last:
-            self.downsamplers = nn.ModuleList([Halve(shape, width)])
+        super().__init__(shape, begins, width, attends)
+        self.downsamplers = None if last else nn.ModuleList([Halve(shape, width)])
 
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
         left = []
-        for i, residual in enumerate(self.resnets):
-            x = residual(x, t)
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x)
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, t)
             left.append(x)
-        if hasattr(self, "downsamplers"):
+        if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             left.append(x)
         return x, left
@@ -135,23 +142,17 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, t)), t)
 
 
-class Up(nn.Module):
+class Up(Stage):
     """A resolution on the way up, each layer of which reads a skip, the last one first."""
 
     def __init__(self, shape: _Shape, begins: Sequence[int], width: int, attends: bool, last: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Residual(shape, begin, width) for begin in begins)
-        if attends:
-            self.attentions = nn.ModuleList(Attention(shape, width) for _ in begins)
-        if not last:
-            self.upsamplers = nn.ModuleList([Double(shape, width)])
+        super().__init__(shape, begins, width, attends)
+        self.upsamplers = None if last else nn.ModuleList([Double(shape, width)])
 
     def forward(self, x: Tensor, t: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        for i, (residual, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = residual(torch.cat([x, skip], 1), t)
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+        for i, skip in enumerate(reversed(skips)):
+            x = self.layer(i, torch.cat([x, skip], 1), t)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
 class Residual(nn.Module):

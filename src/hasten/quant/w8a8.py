@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hasten.anatomy import anatomy
 from hasten.kernels.int8_linear import Activations, int8_linear, pack, quantize_rows, unpack
-from hasten.method import Method, Part, Refused, Stage
+from hasten.method import Method, Part, Refused, Stage, in_memory
 from hasten.patch import Patch
 
 VECTORS = ("norm", "emb")  # modulation and time layers see one vector an image: too few rows to gain
@@ -94,6 +94,7 @@ class W8A8(Method):
 
     def apply(self, model: nn.Module) -> Patch:
         """Raises Refused on a device without fast int8, and where no layer is large enough."""
+        in_memory(self, model)
         with Patch() as patch:
             for name, linear in list(anatomy(model).linears()):
                 if self._takes(name, linear):

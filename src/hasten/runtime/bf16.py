@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hasten.method import Method, Part, Stage
+from hasten.method import Method, Part, Stage, in_memory
 from hasten.patch import Patch
 
 WIDE = (torch.float32, torch.float16)
@@ -32,6 +32,7 @@ class BF16(Method):
     sure: ClassVar = True
 
     def apply(self, model: nn.Module) -> Patch:
+        in_memory(self, model)
         with Patch() as patch:
             kept = getattr(model, "_keep_in_fp32_modules", None) or ()
             wide = [
