@@ -96,7 +96,7 @@ def pairs(one, other):
 def parts(x, packed):
     """Where the int8 time goes, eager: median ms of each of the three kernels alone."""
     weight, scale_O1, bias = packed
-    quantize = int8._fused(int8.quantize_tokens, "cpu")
+    quantize = int8.fused(int8.quantize_tokens, "cpu")
     q, scale = quantize(x, "token", torch.uint8)
     y, s = onednn.product(q, None, weight, scale_O1, None, torch.bfloat16), scale.bfloat16()
     kernels = {

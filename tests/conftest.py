@@ -30,3 +30,13 @@ def _leaves_nothing_behind() -> Iterator[None]:
         changed
     )
     assert {t.name for t in threading.enumerate() if not t.daemon} <= threads
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[None]:
+    """No pool of threads; and the variable that the first compilation sets for good is not blamed on a test."""
+    from torch._inductor import config as inductor
+
+    with inductor.patch(compile_threads=1):
+        torch.compile(torch.abs)(torch.ones(3))
+        yield

@@ -1,15 +1,12 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config as inductor
 
 from hasten.kernels import int8_linear as int8
 from hasten.method import Refused
 
-pytestmark = pytest.mark.system("w8a8")
+pytestmark = [pytest.mark.system("w8a8"), pytest.mark.usefixtures("compiler")]
 CPU = torch.device("cpu")
 
 
@@ -23,14 +20,6 @@ def runs_here() -> bool:
 fast = pytest.mark.skipif(not runs_here(), reason="this CPU has no fast int8")
 either = pytest.mark.parametrize("activations", ["token", "tensor"])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    """No pool of threads; and the variable that the first compilation sets for good is not blamed on a test."""
-    with inductor.patch(compile_threads=1):
-        torch.compile(torch.abs)(torch.ones(3))
-        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -145,7 +145,7 @@ def onednn_linear(
     """`int8_linear` of contiguous rows on a CPU. Tokens' scales come after the product: oneDNN takes one for all."""
     out = torch.bfloat16 if x_MI.dtype == torch.bfloat16 else torch.float32
     compiling = torch.compiler.is_compiling()
-    q_MI, scale = _fused(quantize_tokens, "cpu")(x_MI, activations, torch.uint8)
+    q_MI, scale = fused(quantize_tokens, "cpu")(x_MI, activations, torch.uint8)
     product = onednn.product_in_graph if compiling else onednn.product
     if activations == "tensor":
         return product(q_MI, scale, packed, scale_O1, bias_O, out).to(x_MI.dtype)
@@ -160,9 +160,9 @@ def cuda_linear(
 ) -> Tensor:
     """`int8_linear` of rows through `torch._int_mm`, padded to the sizes that it takes."""
     device = x_MI.device.type
-    q_MI, scale = _fused(quantize_tokens, device)(x_MI, activations, torch.int8)
+    q_MI, scale = fused(quantize_tokens, device)(x_MI, activations, torch.int8)
     sums_MO = torch._int_mm(_padded(q_MI, CUDA_ROWS, CUDA_STEP), packed.T)[: x_MI.shape[0], : scale_O1.shape[0]]
-    return _fused(_rescaled, device)(sums_MO, scale, scale_O1, bias_O, x_MI.dtype)
+    return fused(_rescaled, device)(sums_MO, scale, scale_O1, bias_O, x_MI.dtype)
 
 
 def _rescaled(sums_MO: Tensor, scale: Tensor, scale_O1: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -175,7 +175,7 @@ def _padded(q_RC: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(q_RC, (0, more_columns, 0, more_rows)) if more_rows or more_columns else q_RC
 
 
-def _fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+def fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """`function` as one kernel: by the compilation that is under way, or else by one of its own."""
     return function if torch.compiler.is_compiling() else _compiled(function, device)
 
