@@ -3,6 +3,8 @@ faster at equal likeness, beside those of diffusers, cache-dit and DeepCache on 
 
     python benchmarks/caches.py                 a quarter of an hour, one thread; benchmarks/results/caches.json
     python benchmarks/caches.py emoji-unet      the same; benchmarks/results/caches_unet.json
+    ... --anew                                  rows of a run before are not kept
+    ... --finalists                             they are all kept, and the fastest are timed again
 
 Every method is swept over its strength. PSNR is of the decoded pictures against those without a cache, over 9 prompts;
 times are of denoising, in pairs with the untouched pipeline. At 30 and 35 dB the fastest setting of each method that
@@ -51,6 +53,9 @@ BUDGETS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.14
 
 def planned(pipe):
     """Plans of several budgets, each once."""
+    if "--finalists" in sys.argv:
+        kept = [r for r in json.loads(RESULT.read_text())["rows"] if r["method"] == "cache.planned"]
+        return [(r["method"], r["settings"]) for r in kept]
     costs, plans = measured(pipe, FITTED, guidance_scale=GUIDANCE, num_inference_steps=STEPS), {}
     for budget in BUDGETS:
         with suppress(CannotPlan):
