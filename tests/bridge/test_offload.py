@@ -18,7 +18,7 @@ from hasten.bridge.pipelines import networks
 from hasten.method import Refused
 from pipelines import PIPELINES
 
-pytestmark = pytest.mark.system("wan-2-2")
+pytestmark = [pytest.mark.system("wan-2-2"), pytest.mark.usefixtures("compiler")]
 
 WAN = next(f for f in PIPELINES if f.name == "wan22")
 
