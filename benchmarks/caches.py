@@ -79,7 +79,7 @@ def hasten_settings(pipe):
     coefficients = recorded_coefficients(pipe)
     rows = [("cache.interval", {"every": n}) for n in (2, 3)]
     rows += [("cache.taylor", {"every": n, "order": 1}) for n in (2, 3)]
-    rows += [("cache.first_block", {"threshold": t}) for t in (0.04, 0.06, 0.1, 0.15, 0.2, 0.3)]
+    rows += [("cache.first_block", {"threshold": t}) for t in (0.04, 0.06, 0.1, 0.12, 0.15, 0.2, 0.22, 0.25, 0.3)]
     rows += [("cache.tea", {"threshold": t, "coefficients": coefficients}) for t in (0.05, 0.1, 0.2, 0.3, 0.5)]
     rows += [("cache.magnitude", {"ratios": ratios, "threshold": t}) for t in (0.03, 0.06, 0.12, 0.24)]
     rows += [("cache.broadcast", {"joint": n}) for n in (2, 3)]
